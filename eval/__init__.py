@@ -1,0 +1,1 @@
+"""Measures: the procedural world, its parser, scores and reports."""

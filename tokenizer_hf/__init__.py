@@ -1,0 +1,1 @@
+"""Pixels <-> codes <-> token ids: an image tokenizer that is a Hugging Face model."""

@@ -1,0 +1,1 @@
+"""One model that sees and draws: merge, processor, chat, generation, serving."""
