@@ -1,0 +1,1 @@
+"""The embedded world: scenes, pictures, captions, and the parser that reads the pixels back."""

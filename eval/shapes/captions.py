@@ -1,0 +1,342 @@
+"""Scene -> words: captions, questions with answers, and board descriptions.
+
+Everything is lower case and true. `reading.py` holds the inverse of the captions.
+"""
+
+import random
+from collections import Counter
+from typing import Literal
+
+from eval.shapes.requirement import ObjectRequirement, Relation, Requirement
+from eval.shapes.scene import (
+    COLOURS,
+    HELD_OUT,
+    RELATIONS,
+    SHAPES,
+    STATED_DISTANCE,
+    Object,
+    Scene,
+    board_cells,
+    distance_along,
+    stated_relations,
+)
+
+NUMBERS = ("zero", "one", "two", "three")
+PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
+RELATION_PHRASES = {
+    "left": ("left of", "to the left of"),
+    "right": ("right of", "to the right of"),
+    "above": ("above",),
+    "below": ("below",),
+}
+LIST_OPENINGS = ("", "", "", "a picture of ", "an image with ", "there is ")
+_NAMED_SHARE = 0.8
+
+Style = Literal["named", "brief"]
+
+
+def captions(scene: Scene, rng: random.Random, style: Style | None = None) -> str:
+    """One true caption, for example "two small blue circles and a green ring on tan".
+
+    Args:
+        scene: what to describe.
+        rng: source of randomness.
+        style: `named`: colour and shape of every object, sometimes size, background, a relation;
+            `brief`: shapes only ("three stars", "a ring left of a heart"), sometimes background or
+            relation. None: `named` four times out of five.
+
+    Returns:
+        3 to about 20 words; every object is mentioned, so a picture that holds another number of
+        objects does not fit the caption.
+    """
+    return caption_with_requirement(scene, rng, style)[0]
+
+
+def caption_with_requirement(
+    scene: Scene, rng: random.Random, style: Style | None = None
+) -> tuple[str, Requirement]:
+    """As `captions`, together with what the caption demands; objects in order of mention."""
+    if style is None:
+        style = "named" if rng.random() < _NAMED_SHARE else "brief"
+    named = style == "named"
+    sized = named and rng.random() < 0.35
+    wanted = [
+        ObjectRequirement(o.shape, o.colour if named else None, o.size if sized else None)
+        for o in scene.objects
+    ]
+    text, order, relations = _body(scene, wanted, rng)
+    background = scene.background if rng.random() < (0.45 if named else 0.2) else None
+    if background is not None:
+        text = _with_background(text, background, rng)
+    return text, Requirement(tuple(wanted[i] for i in order), tuple(relations), background)
+
+
+def describe(wanted: ObjectRequirement, number: int = 1, article: str | None = None) -> str:
+    """A noun phrase: "a large red star", "two circles", or with `article` "the red star"."""
+    shape = wanted.shape if number == 1 else PLURALS[wanted.shape or ""]
+    phrase = " ".join(word for word in (wanted.size, wanted.colour, shape) if word)
+    if number > 1:
+        return f"{NUMBERS[number]} {phrase}"
+    return f"{article or ('an' if phrase[0] in 'aeiou' else 'a')} {phrase}"
+
+
+def list_objects(wanted: list[ObjectRequirement]) -> tuple[str, list[int]]:
+    """A list such as "a red star and two hearts", and the order of its mentions."""
+    counts = Counter(wanted)
+    phrases = [describe(item, number) for item, number in counts.items()]
+    text = phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
+    return text, [i for item in counts for i, other in enumerate(wanted) if other == item]
+
+
+def _body(
+    scene: Scene, wanted: list[ObjectRequirement], rng: random.Random
+) -> tuple[str, list[int], list[Relation]]:
+    relations = stated_relations(scene.objects)
+    distinct = len(set(wanted)) == len(wanted)
+    if relations and distinct and rng.random() < 0.5:
+        return _related(wanted, relations, rng)
+    text, order = list_objects(wanted)
+    if len(wanted) > 1 and rng.random() < 0.1:
+        return f"{NUMBERS[len(wanted)]} objects: {text}", order, []
+    opening = rng.choice(LIST_OPENINGS)
+    if opening == "there is " and text.startswith(("two", "three")):
+        opening = "there are "
+    return opening + text, order, []
+
+
+def _related(
+    wanted: list[ObjectRequirement], relations: list[tuple[int, str, int]], rng: random.Random
+) -> tuple[str, list[int], list[Relation]]:
+    first, name, second = rng.choice(relations)
+    others = [i for i in range(len(wanted)) if i not in (first, second)]
+    order = [first, second, *others]
+    phrase = rng.choice(RELATION_PHRASES[name])
+    result = [Relation(0, name, 1)]
+    sentence = rng.random() < 0.5
+    if sentence:
+        text = f"{describe(wanted[first], article='the')} is {phrase} "
+        text += describe(wanted[second], article="the")
+    else:
+        text = f"{describe(wanted[first])} {phrase} {describe(wanted[second])}"
+    if others:
+        more = [r for r in relations if r[0] == first and r[2] == others[0]]
+        if sentence and more and rng.random() < 0.6:
+            also = rng.choice(more)[1]
+            result.append(Relation(0, also, 2))
+            text += f" and {rng.choice(RELATION_PHRASES[also])} "
+            text += describe(wanted[others[0]], article="the")
+        elif sentence:
+            text += f"; there is also {describe(wanted[others[0]])}"
+        else:
+            text += f", and {describe(wanted[others[0]])}"
+    return text, order, result
+
+
+def _with_background(text: str, background: str, rng: random.Random) -> str:
+    way = rng.randrange(4)
+    if way == 0:
+        return f"on a {background} background, {text}"
+    if way == 1 or " is " in text:
+        return f"{text}; the background is {background}"
+    return f"{text} on a {background} background" if way == 2 else f"{text} on {background}"
+
+
+# --- questions ------------------------------------------------------------------------------------
+
+
+def questions(scene: Scene, rng: random.Random, n: int = 3) -> list[tuple[str, str]]:
+    """Draw questions about a scene, with answers of one word.
+
+    Returns:
+        up to `n` (question, answer) of different kinds: number, number of a shape, background,
+        colour of a shape, shape of a colour, size, existence, relation (yes and no equally often).
+        An object is only asked about where the words single it out. HELD_OUT pairs are named only
+        where the scene holds them.
+    """
+    found: list[tuple[str, str]] = []
+    for kind in rng.sample(_QUESTION_KINDS, len(_QUESTION_KINDS)):
+        if len(found) < n and (pair := _question(kind, scene, rng)):
+            found.append(pair)
+    return found
+
+
+_QUESTION_KINDS = (
+    "objects",
+    "number",
+    "background",
+    "shape colour",
+    "colour shape",
+    "shape size",
+    "existence",
+    "relation",
+)
+
+
+def _question(kind: str, scene: Scene, rng: random.Random) -> tuple[str, str] | None:
+    objects = scene.objects
+    if kind == "objects":
+        return "how many objects are there?", NUMBERS[len(objects)]
+    if kind == "number":
+        present = rng.random() < 0.75
+        shape = rng.choice(objects).shape if present else rng.choice(SHAPES)
+        number = NUMBERS[sum(o.shape == shape for o in objects)]
+        return f"how many {PLURALS[shape]} are there?", number
+    if kind == "background":
+        return "what is the background?", scene.background
+    if kind == "existence":
+        return _existence_question(objects, rng)
+    if kind == "relation":
+        return _relation_question(objects, rng)
+    known, asked = kind.split()
+    return _attribute_question(objects, known, asked, rng)
+
+
+def _attribute_question(
+    objects: tuple[Object, ...], known: str, asked: str, rng: random.Random
+) -> tuple[str, str] | None:
+    counts = Counter(getattr(o, known) for o in objects)
+    unique = [o for o in objects if counts[getattr(o, known)] == 1]
+    if not unique:
+        return None
+    o = rng.choice(unique)
+    name = o.shape if known == "shape" else f"{o.colour} object"
+    if asked == "size":
+        return f"is the {name} small or large?", o.size
+    return f"what {asked} is the {name}?", getattr(o, asked)
+
+
+def _existence_question(objects: tuple[Object, ...], rng: random.Random) -> tuple[str, str]:
+    present = {(o.shape, o.colour) for o in objects}
+    if rng.random() < 0.5:
+        pair, answer = rng.choice(sorted(present)), "yes"
+    else:
+        absent = [
+            (shape, colour)
+            for shape in SHAPES
+            for colour in COLOURS
+            if (shape, colour) not in present and (shape, colour) not in HELD_OUT
+        ]
+        # Half of the time an absent pair that shares an attribute with what is there: harder.
+        near = [pair for pair in absent if any(pair[0] == s or pair[1] == c for s, c in present)]
+        pair, answer = rng.choice(near if near and rng.random() < 0.5 else absent), "no"
+    return f"is there {describe(ObjectRequirement(*pair))}?", answer
+
+
+def _relation_question(objects: tuple[Object, ...], rng: random.Random) -> tuple[str, str] | None:
+    answer = rng.choice(("yes", "no"))
+    pairs = Counter((o.shape, o.colour) for o in objects)
+    candidates = [
+        (first, relation, second)
+        for first in objects
+        for second in objects
+        for relation in RELATIONS
+        if first is not second
+        and pairs[first.shape, first.colour] == pairs[second.shape, second.colour] == 1
+        and _plainly(answer, distance_along(relation, first, second))
+    ]
+    if not candidates:
+        return None
+    first, relation, second = rng.choice(candidates)
+    names = [describe(ObjectRequirement(o.shape, o.colour), article="the") for o in (first, second)]
+    return f"is {names[0]} {rng.choice(RELATION_PHRASES[relation])} {names[1]}?", answer
+
+
+def _plainly(answer: str, distance: float) -> bool:
+    # Between the two lies what people would argue about.
+    return distance >= STATED_DISTANCE if answer == "yes" else distance <= 4
+
+
+# --- the board in words ---------------------------------------------------------------------------
+
+
+def board_text(scene: Scene) -> str:
+    """The 4×4 board row by row, one phrase a cell, the rows separated by commas.
+
+    An empty cell is the background's word, a small object "red star", a quarter of a large one
+    "large red star top left". For example "white white red star white, white white white white, …".
+
+    Raises:
+        DataError: the scene is not of level `board`.
+    """
+    cells = board_cells(scene)
+    rows = []
+    for row in range(4):
+        phrases = []
+        for column in range(4):
+            if (row, column) not in cells:
+                phrases.append(scene.background)
+                continue
+            o, quadrant = cells[row, column]
+            name = f"{o.colour} {o.shape}"
+            phrases.append(f"large {name} {quadrant}" if quadrant else name)
+        rows.append(" ".join(phrases))
+    return ", ".join(rows)
+
+
+TEXT_KINDS = (
+    "caption_of_board",
+    "board_of_caption",
+    "question_about_board",
+    "caption",
+    "question_about_caption",
+)
+
+
+def world_text_messages(
+    scene: Scene, rng: random.Random, kind: str | None = None
+) -> tuple[str, list[dict[str, str]]]:
+    """A short chat about a scene in words only: a text model learns the language of space from it.
+
+    Args:
+        scene: of level `board`, unless `kind` is "caption" or "question_about_caption".
+        rng: source of randomness.
+        kind: one of TEXT_KINDS; None draws one.
+
+    Returns:
+        kind and messages [{"role": "user", "content": …}, {"role": "assistant", "content": …}].
+
+    Raises:
+        DataError: a board is asked for and the scene does not stand on one.
+    """
+    kind = kind or rng.choice(TEXT_KINDS)
+    if kind == "caption_of_board":
+        user, assistant = f"Describe the board: {board_text(scene)}", captions(scene, rng)
+    elif kind == "board_of_caption":
+        user, assistant = f"Draw in words: {captions(scene, rng)}", board_text(scene)
+    elif kind == "question_about_board":
+        question, assistant = questions(scene, rng, 1)[0]
+        user = f"{board_text(scene)}. {question}"
+    elif kind == "caption":
+        user, assistant = "Say what a picture could show.", captions(scene, rng)
+    elif kind == "question_about_caption":
+        text, question, assistant = _caption_that_answers(scene, rng)
+        user = f"{text}. {question}"
+    else:
+        raise ValueError(f"kind is {kind!r}; expected one of {', '.join(TEXT_KINDS)}")
+    return kind, [
+        {"role": "user", "content": user},
+        {"role": "assistant", "content": assistant},
+    ]
+
+
+def _caption_that_answers(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
+    """A caption and a question whose answer it states."""
+    text, stated = caption_with_requirement(scene, rng, "named")
+    wanted = stated.objects
+    found = [("how many objects are there?", NUMBERS[len(wanted)])]
+    if stated.background:
+        found.append(("what is the background?", stated.background))
+    found.append(_existence_question(scene.objects, rng))
+    for known, asked in (("shape", "colour"), ("colour", "shape")):
+        if pair := _attribute_question(scene.objects, known, asked, rng):
+            found.append(pair)
+    for relation in stated.relations:
+        names = [
+            describe(ObjectRequirement(o.shape, o.colour), article="the")
+            for o in (wanted[relation.first], wanted[relation.second])
+        ]
+        if names[0] != names[1]:
+            phrase = rng.choice(RELATION_PHRASES[relation.name])
+            found.append((f"is {names[0]} {phrase} {names[1]}?", "yes"))
+    question, answer = rng.choice(found)
+    return text, question, answer

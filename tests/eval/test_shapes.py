@@ -1,0 +1,317 @@
+"""The embedded world: what scenes may hold, what pictures look like, what words say."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from eval.shapes.captions import (
+    TEXT_KINDS,
+    board_text,
+    caption_with_requirement,
+    questions,
+    world_text_messages,
+)
+from eval.shapes.reading import mentioned_objects, parse_caption
+from eval.shapes.render import render, render_array
+from eval.shapes.requirement import ObjectRequirement, Relation, Requirement, satisfies
+from eval.shapes.scene import (
+    BACKGROUNDS,
+    CATEGORIES,
+    CELL,
+    COLOURS,
+    HELD_OUT,
+    SHAPES,
+    Object,
+    Scene,
+    board_cells,
+    sample_scene,
+)
+from tokenizer_hf.errors import ConfigurationError, DataError
+
+
+def _scenes(n: int, seed: int, **options: object) -> list[Scene]:
+    rng = random.Random(seed)
+    return [sample_scene(rng, **options) for _ in range(n)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("level", ["board", "free"])
+def test_objects_never_touch_and_stay_inside(level: str) -> None:
+    for scene in _scenes(1000, 1, level=level):
+        assert 1 <= len(scene.objects) <= 3
+        boxes = [(o.x - o.radius, o.y - o.radius, 2 * o.radius) for o in scene.objects]
+        assert all(x >= 1 and y >= 1 and x + side <= 63 and y + side <= 63 for x, y, side in boxes)
+        for i, (ax, ay, a_side) in enumerate(boxes):
+            for bx, by, b_side in boxes[:i]:
+                gap_x = max(bx - ax - a_side, ax - bx - b_side)
+                gap_y = max(by - ay - a_side, ay - by - b_side)
+                assert max(gap_x, gap_y) >= (2 if level == "board" else 3)
+
+
+def test_sizes_are_the_published_ones() -> None:
+    board = {(o.size, o.radius) for s in _scenes(300, 2) for o in s.objects}
+    assert board == {("small", 7.0), ("large", 14.0)}
+    for scene in _scenes(300, 2, level="free"):
+        for o in scene.objects:
+            low, high = (8, 9) if o.size == "small" else (13, 14)
+            assert low <= o.radius <= high
+
+
+def test_held_out_pairs_take_every_shape_and_colour_once() -> None:
+    assert {shape for shape, _ in HELD_OUT} == set(SHAPES)
+    assert {colour for _, colour in HELD_OUT} == set(COLOURS)
+    assert len(HELD_OUT) == 8
+
+
+@pytest.mark.parametrize("category", [None, *CATEGORIES])
+def test_held_out_settings(category: str | None) -> None:
+    def pairs(scene: Scene) -> set[tuple[str, str]]:
+        return {(o.shape, o.colour) for o in scene.objects}
+
+    for scene in _scenes(200, 3, category=category, held_out="exclude"):
+        assert not HELD_OUT & pairs(scene)
+    for scene in _scenes(200, 3, category=category, held_out="only"):
+        assert HELD_OUT & pairs(scene)
+    assert any(HELD_OUT & pairs(s) for s in _scenes(500, 3, category=category, held_out="any"))
+
+
+def test_scene_json_round_trip_and_errors() -> None:
+    for scene in _scenes(50, 4, level="free"):
+        assert Scene.from_json(scene.to_json()) == scene
+    for text in ("{", "{}", '{"background": "white", "objects": [{"shape": "star"}]}'):
+        with pytest.raises(DataError, match="not a scene"):
+            Scene.from_json(text)
+    with pytest.raises(ConfigurationError, match="expected 'board' or 'free'"):
+        sample_scene(random.Random(0), level="bord")  # type: ignore[arg-type]
+
+
+def test_pictures_show_the_published_colours() -> None:
+    for scene in _scenes(200, 5) + _scenes(200, 5, level="free"):
+        picture = render_array(scene)
+        assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
+        for o in scene.objects:
+            assert (picture == COLOURS[o.colour]).all(-1).sum() > o.radius**2 / 2
+        frame = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+        assert (frame == BACKGROUNDS[scene.background]).all()
+
+
+def test_rendering_is_deterministic_across_processes() -> None:
+    program = (
+        "import hashlib, random\n"
+        "from eval.shapes.scene import sample_scene\n"
+        "from eval.shapes.render import render_array\n"
+        "r = random.Random(7)\n"
+        "s = [sample_scene(r, level) for level in ('board', 'free') for _ in range(20)]\n"
+        "print(hashlib.sha256(b''.join(render_array(x).tobytes() for x in s)).hexdigest())"
+    )
+    runs = [subprocess.check_output([sys.executable, "-c", program]) for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+def test_board_has_few_distinct_patches() -> None:
+    patches: dict[tuple[object, ...], bytes] = {}
+    for scene in _scenes(6000, 6, held_out="any"):
+        picture, cells = render_array(scene), board_cells(scene)
+        for row in range(4):
+            for column in range(4):
+                o, quadrant = cells.get((row, column), (None, ""))
+                key = (scene.background, o and (o.shape, o.colour, o.size), quadrant)
+                part = picture[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
+                assert patches.setdefault(key, part.tobytes()) == part.tobytes()
+    # 4 empty + 4·64 small + 4·64·4 quarters of large ones
+    assert 1200 < len(patches) <= 1284
+    assert len(set(patches.values())) == len(patches)
+
+
+def test_captions_are_true_and_parse_back() -> None:
+    rng = random.Random(8)
+    words: set[str] = set()
+    lengths = []
+    for i in range(10_000):
+        scene = sample_scene(
+            rng,
+            rng.choice(("board", "free")),
+            rng.choice((None, *CATEGORIES)),
+            rng.choice(("any", "only", "exclude")),
+        )
+        text, requirement = caption_with_requirement(scene, rng, (None, "named", "brief")[i % 3])
+        assert text == text.lower()
+        assert satisfies(scene, requirement), text
+        assert parse_caption(text) == requirement, text
+        assert parse_caption(f"  {text.capitalize()}.") == requirement
+        mentioned = mentioned_objects(text)
+        assert mentioned == list(requirement.objects), text
+        words.update(re.findall("[a-z]+", text))
+        lengths.append(len(text.split()))
+    assert len(words) < 150
+    assert 5 <= np.percentile(lengths, 50) <= 12 and np.percentile(lengths, 90) <= 18
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a",
+        "a red",
+        "red star",
+        "a red star and",
+        "two star",
+        "a red star left a blue ring",
+        "a red star on purple",
+        "three objects: a star and a ring",
+        "a star and a ring and a heart",
+        "a red blue star",
+        "a star; a ring",
+        "there is",
+        "the background is white",
+    ],
+)
+def test_not_in_the_grammar(text: str) -> None:
+    assert parse_caption(text) is None
+
+
+def test_named_captions_name_everything_and_brief_ones_do_not() -> None:
+    rng = random.Random(9)
+    for scene in _scenes(300, 9):
+        named = caption_with_requirement(scene, rng, "named")[1]
+        assert all(o.shape and o.colour for o in named.objects)
+        brief = caption_with_requirement(scene, rng, "brief")[1]
+        assert all(o.shape and not o.colour and not o.size for o in brief.objects)
+
+
+def _object(shape: str, colour: str, size: str, x: float, y: float) -> Object:
+    return Object(shape, colour, size, x, y, 7.0 if size == "small" else 14.0)
+
+
+def test_the_verdict_is_strict() -> None:
+    scene = Scene(
+        "white",
+        (
+            _object("star", "red", "small", 8, 8),
+            _object("ring", "blue", "small", 40, 8),
+            _object("ring", "blue", "large", 16, 48),
+        ),
+    )
+    ring, star = ObjectRequirement("ring", "blue"), ObjectRequirement("star", "red")
+    assert satisfies(scene, Requirement((ring, star, ring)))
+    assert satisfies(scene, Requirement((ring, star, ring), (Relation(1, "left", 0),), "white"))
+    assert not satisfies(None, Requirement(()))
+    assert not satisfies(scene, Requirement((ring, star)))  # one object too many
+    assert not satisfies(scene, Requirement((ring, star, ring), (), "tan"))
+    assert not satisfies(scene, Requirement((ring, star, ring), (Relation(1, "right", 0),)))
+    # No single ring is at once to the right of the star and below it.
+    both = (Relation(1, "left", 0), Relation(0, "below", 1))
+    assert not satisfies(scene, Requirement((ring, star, ring), both))
+    small = ObjectRequirement("ring", "blue", "small")
+    assert not satisfies(scene, Requirement((small, star, small)))
+    assert not satisfies(scene, Requirement((ring, ring, ring)))
+
+
+def test_full_requirement_tells_scenes_apart() -> None:
+    scenes = _scenes(200, 10)
+    full = [Requirement.of(scene) for scene in scenes]
+    assert all(satisfies(s, f) for s, f in zip(scenes, full, strict=True))
+    changed = 0
+    for scene, requirement in zip(scenes, full, strict=True):
+        for other in scenes:
+            changed += other.background != scene.background and satisfies(other, requirement)
+    assert changed == 0
+
+
+def test_answers_are_true() -> None:
+    rng = random.Random(11)
+    seen = set()
+    for _ in range(3000):
+        scene = sample_scene(rng, rng.choice(("board", "free")), held_out="any")
+        for question, answer in questions(scene, rng):
+            seen.add(re.sub("|".join((*SHAPES, *COLOURS)), "X", question))
+            _check_answer(scene, question, answer)
+    assert len(seen) > 12
+
+
+def _check_answer(scene: Scene, question: str, answer: str) -> None:
+    """An independent reading of the question, by hand."""
+    numbers = {"zero": 0, "one": 1, "two": 2, "three": 3}
+    words = question.rstrip("?").split()
+    objects = scene.objects
+
+    def one(words: list[str]) -> Object:
+        found = [o for o in objects if all(w in (o.shape, o.colour, "object") for w in words)]
+        assert len(found) == 1, question
+        return found[0]
+
+    if question == "how many objects are there?":
+        assert numbers[answer] == len(objects)
+    elif words[:2] == ["how", "many"]:
+        shape = next(s for s in SHAPES if words[2].startswith(s))
+        assert numbers[answer] == sum(o.shape == shape for o in objects)
+    elif question == "what is the background?":
+        assert answer == scene.background
+    elif words[:2] == ["what", "colour"]:
+        assert one(words[4:]).colour == answer
+    elif words[:2] == ["what", "shape"]:
+        assert one(words[4:5]).shape == answer
+    elif words[:2] == ["is", "there"]:
+        exists = any((o.colour, o.shape) == tuple(words[3:]) for o in objects)
+        assert answer == ("yes" if exists else "no")
+    elif words[-3:] == ["small", "or", "large"]:
+        assert one(words[2:3]).size == answer
+    else:
+        first, second = one(words[2:4]), one(words[-2:])
+        dx, dy = second.x - first.x, second.y - first.y
+        holds = {"left": dx, "right": -dx, "above": dy, "below": -dy}
+        distance = next(holds[w] for w in words if w in holds)
+        assert distance >= 12 if answer == "yes" else distance <= 4
+
+
+def test_questions_never_name_an_absent_held_out_pair() -> None:
+    rng = random.Random(12)
+    for scene in _scenes(2000, 12):
+        for question, _ in questions(scene, rng, 8):
+            for shape, colour in HELD_OUT:
+                assert f"{colour} {shape}" not in question
+
+
+def test_board_text() -> None:
+    scene = Scene(
+        "white",
+        (_object("star", "red", "small", 40, 8), _object("heart", "pink", "large", 16, 48)),
+    )
+    assert board_text(scene) == (
+        "white white red star white, white white white white, "
+        "large pink heart top left large pink heart top right white white, "
+        "large pink heart bottom left large pink heart bottom right white white"
+    )
+    scenes = set(_scenes(500, 13))
+    assert len({board_text(s) for s in scenes}) == len(scenes)  # nothing is lost
+    with pytest.raises(DataError, match="board"):
+        board_text(_scenes(1, 14, level="free")[0])
+
+
+def test_text_messages() -> None:
+    rng = random.Random(15)
+    seen = set()
+    for scene in _scenes(300, 15):
+        kind, messages = world_text_messages(scene, rng)
+        seen.add(kind)
+        assert [m["role"] for m in messages] == ["user", "assistant"]
+        user, assistant = (m["content"] for m in messages)
+        if kind == "caption_of_board":
+            assert board_text(scene) in user
+            assert satisfies(scene, parse_caption(assistant) or Requirement(()))
+        elif kind == "board_of_caption":
+            assert satisfies(scene, parse_caption(user.split(": ", 1)[1]) or Requirement(()))
+            assert assistant == board_text(scene)
+        elif kind.startswith("question"):
+            _check_answer(scene, user.rsplit(". ", 1)[1], assistant)
+        json.dumps(messages)
+    assert seen == set(TEXT_KINDS)
+
+
+def test_render_is_rgb() -> None:
+    picture = render(_scenes(1, 16)[0])
+    assert (picture.mode, picture.size) == ("RGB", (64, 64))
