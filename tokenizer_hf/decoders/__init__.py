@@ -1,0 +1,1 @@
+"""Code vectors (B, N, C) -> pictures."""

@@ -1,0 +1,1 @@
+"""Pictures -> latents (B, N, C), one row per code."""

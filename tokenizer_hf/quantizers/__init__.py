@@ -1,0 +1,1 @@
+"""Vectors <-> codes, one file per quantizer."""
