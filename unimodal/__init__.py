@@ -1,4 +1,4 @@
-"""One model that sees and draws: any discrete image tokenizer joined with any Hugging Face text LLM.
+"""One model that sees and draws: any discrete image tokenizer, any Hugging Face text LLM.
 
 >>> from unimodal import Unimodal
 >>> model = Unimodal.from_pretrained("my-model")
@@ -9,7 +9,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from unimodal.registration import register_when_needed
+from tokenizer_hf.registration import after_import
 
 if TYPE_CHECKING:
     from unimodal.merge import merge
@@ -25,7 +25,17 @@ _HOME = {
 
 __all__ = ["Reply", "Unimodal", "UnimodalProcessor", "merge"]
 
-register_when_needed()
+
+def _register_processor() -> None:
+    from transformers.models.auto.processing_auto import AutoProcessor
+
+    from tokenizer_hf.configuration_image_tokenizer import ImageTokenizerConfig
+    from unimodal.processing_unimodal import UnimodalProcessor
+
+    AutoProcessor.register(ImageTokenizerConfig, UnimodalProcessor, exist_ok=True)
+
+
+after_import("transformers.models.auto.processing_auto", _register_processor)
 
 
 def __getattr__(name: str) -> Any:

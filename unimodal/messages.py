@@ -8,14 +8,15 @@ A message is ``{"role": ..., "content": ...}``. The content is a string or a lis
 - ``{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}``, the OpenAI shape;
   data URIs only, nothing is ever fetched and no path is ever opened through it
 
-The base model's own chat template does the wording. Each image becomes ``<|image_start|><|image_end|>``
-inside the text that the template sees; the tokenizer reads the whole text once; then each such pair of
-ids is filled with the ids of the codes. What people wrote is neutralised first, so no text can spell a
-control token or an image.
+The base model's own chat template does the wording. Each image becomes
+``<|image_start|><|image_end|>`` inside the text that the template sees; the tokenizer reads the
+whole text once; then each such pair of ids is filled with the ids of the codes. What people wrote
+is neutralised first, so no text can spell a control token or an image.
 """
 
 import base64
 import binascii
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -40,7 +41,7 @@ class LearntSpan:
     stop: int
     """Half-open, in ``Rendered.input_ids``; the end-of-turn id is inside."""
     direction: Direction
-    """"text-to-image" if the turn holds a picture, "image-to-text" if one came before it, else "text"."""
+    """Text-to-image if the turn holds a picture, image-to-text if one came before it."""
 
 
 @dataclass(frozen=True)
@@ -92,20 +93,21 @@ def render(
 ) -> Rendered:
     """Turn a conversation into ids and labels.
 
-    Learnt are the assistant turns, from the first id behind the generation prompt to the end-of-turn
-    id, image ids included. What is supervised always begins with exactly the ids that generation is
-    prompted with; an earlier turn that the template words otherwise once another turn follows (some
-    templates drop its reasoning block) is not learnt.
+    Learnt are the assistant turns, from the first id behind the generation prompt to the
+    end-of-turn id, image ids included. What is supervised always begins with exactly the ids that
+    generation is prompted with; an earlier turn that the template words otherwise once another turn
+    follows (some templates drop its reasoning block) is not learnt.
 
     Args:
         messages: see the module's docstring.
         tokenizer: the extended text tokenizer, with a chat template.
         vocabulary: the image vocabulary bound to its ids.
-        encode_images: maps a list of image sources to their codes. Needed where a part has no codes.
+        encode_images: maps a list of image sources to their codes. Needed where a part has no
+            codes.
         add_generation_prompt: end with the words that open an assistant turn.
         chat_template: used in place of the tokenizer's own.
-        template_values: variables of the template, ``tools=...`` for example. ``enable_thinking`` is
-            False unless given.
+        template_values: variables of the template, ``tools=...`` for example. ``enable_thinking``
+            is False unless given.
 
     Raises:
         MessageError: messages of an unknown shape, or that the template refuses.
@@ -144,7 +146,7 @@ def render_text(
     chat_template: str | None = None,
     **template_values: Any,
 ) -> str:
-    """The text that ``render`` gives to the tokenizer; each picture is an unfilled start-end pair."""
+    """The text that ``render`` gives to the tokenizer; pictures are unfilled start-end pairs."""
     turns = _turns(messages, tokenizer, vocabulary, need_codes=False)
     chat = _Chat(turns, tokenizer, vocabulary, chat_template, template_values)
     return chat.text(len(turns), add_generation_prompt)
@@ -153,7 +155,7 @@ def render_text(
 def with_codes(
     conversations: Sequence[Sequence[Message]], encode_images: EncodeImages | None
 ) -> list[list[Message]]:
-    """Copies of the conversations in which every picture has its codes; all are encoded in one call."""
+    """Copies of the conversations whose pictures have codes; all are encoded in one call."""
     conversations = [_checked(messages) for messages in conversations]
     parts = [
         part
@@ -164,8 +166,8 @@ def with_codes(
     ]
     if parts and encode_images is None:
         raise MessageError(
-            f"{len(parts)} pictures come without codes, and this processor was loaded without its image "
-            'tokenizer; give {"type": "image", "codes": [...]} or load the processor with it'
+            f"{len(parts)} pictures came without codes, and this processor was loaded without its "
+            'image tokenizer; give {"type": "image", "codes": [...]} or load the processor with it'
         )
     sources = [image_source(part) for part in parts]
     codes = encode_images(sources) if parts and encode_images is not None else []
@@ -191,7 +193,8 @@ def image_source(part: Message) -> Any:
     """What an image part shows: a PIL image, path, bytes or array. Data URIs come out as bytes.
 
     Raises:
-        ImageError: an http(s) or hub address, or base64 that cannot be read. Nothing is ever fetched.
+        ImageError: an http(s) or hub address, or base64 that cannot be read. Nothing is ever
+            fetched.
         MessageError: the part names no picture.
     """
     if part["type"] == "image_url":
@@ -210,15 +213,16 @@ def image_source(part: Message) -> Any:
     )
     if source is None:
         raise MessageError(
-            f'an image part with the keys {sorted(part)}; expected "image" (PIL image, path, bytes, data URI) '
-            'or "codes"'
+            f'an image part with the keys {sorted(part)}; expected "image" (PIL image, path, '
+            'bytes, data URI) or "codes"'
         )
     if isinstance(source, str):
         if source.startswith("data:"):
             return _data_uri(source)
         if "://" in source:
             raise ImageError(
-                f"picture {source[:60]!r} is an address; nothing is fetched: download it and give its path"
+                f"picture {source[:60]!r} is an address; nothing is fetched: download it and give "
+                "its path"
             )
     return source
 
@@ -249,7 +253,8 @@ def _checked(messages: Sequence[Message]) -> list[Message]:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind not in ("text", "image", "image_url"):
                 raise MessageError(
-                    f"message {index} has a part {part!r:.80}; expected the type text, image or image_url"
+                    f"message {index} has a part {part!r:.80}; expected the type text, image or "
+                    "image_url"
                 )
             if kind == "text" and not isinstance(part.get("text"), str):
                 raise MessageError(f'message {index} has a text part without a string "text"')
@@ -278,7 +283,7 @@ def _turns(
     vocabulary: ImageVocabulary,
     need_codes: bool = True,
 ) -> list[_Turn]:
-    """Each message as text with markers. Runs of text are neutralised as a whole, not part by part."""
+    """Each message as text with markers; runs of text are neutralised as a whole."""
     controls = _controls(tokenizer, vocabulary)
     turns = []
     for message in _checked(messages):
@@ -373,7 +378,7 @@ class _Chat:
         """Token ids of the text, images unfilled."""
         edges = [0, *(b for b in breaks if b < len(text)), len(text)]
         ids: list[int] = []
-        for first, last in zip(edges, edges[1:], strict=False):
+        for first, last in itertools.pairwise(edges):
             if first == 0:
                 ids += self._ids(text[:last])
             else:  # read behind a control token, so that nothing is put before the piece
@@ -430,9 +435,9 @@ def _fill(
     position.append(len(ids))
     if len(spans) != len(codes) or sum(i in pair for i in marked) != 2 * len(codes):
         raise MessageError(
-            f"{len(codes)} pictures, but the chat template and the tokenizer kept {len(spans)} of their "
-            f"markers {vocabulary.start_string}{vocabulary.end_string}; expected every message's content in the "
-            "prompt exactly once, unchanged: use another chat_template"
+            f"{len(codes)} pictures, but the chat template and the tokenizer kept {len(spans)} of "
+            f"their markers {vocabulary.start_string}{vocabulary.end_string}; expected every "
+            "message's content in the prompt exactly once, unchanged: use another chat_template"
         )
     return ids, position, spans
 
@@ -453,19 +458,19 @@ def _special_ids(tokenizer: Any, vocabulary: ImageVocabulary) -> frozenset[int]:
 
 
 def parse(
-    ids: Sequence[int], tokenizer: Any, vocabulary: ImageVocabulary
+    ids: Sequence[int] | Any, tokenizer: Any, vocabulary: ImageVocabulary
 ) -> list[TextPart | ImagePart]:
-    """Split the ids of a reply into text and pictures: the inverse of ``render`` on an assistant turn.
+    """Split the ids of a reply into text and pictures: the inverse of ``render``.
 
-    Control ids (end of turn, padding) and the white space around the whole reply are dropped; the white
-    space between text and pictures stays.
+    Control ids (end of turn, padding) and the white space around the whole reply are dropped; the
+    white space between text and pictures stays.
 
     Args:
         ids: one sequence; a list, or anything with ``tolist()``.
 
     Raises:
-        MessageError: a picture that is not closed, has a wrong number of codes, or an image id where
-            none belongs; the message gives the position.
+        MessageError: a picture that is not closed, has a wrong number of codes, or an image id
+            where none belongs; the message gives the position.
     """
     ids = [int(i) for i in (ids.tolist() if hasattr(ids, "tolist") else ids)]
     special = _special_ids(tokenizer, vocabulary)
@@ -489,20 +494,20 @@ def parse(
             except (ValueError, VocabularyError, CodeError) as error:
                 what = "is not closed" if type(error) is ValueError else f"cannot be read: {error}"
                 raise MessageError(
-                    f"the picture at position {index} of {len(ids)} ids {what}; generate with the image-span "
-                    "grammar, and enough new ids for a whole picture"
+                    f"the picture at position {index} of {len(ids)} ids {what}; generate with the "
+                    "image-span grammar, and enough new ids for a whole picture"
                 ) from error
             parts.append(ImagePart(codes))
             index = stop
         elif token_id == vocabulary.end_token_id or token_id in vocabulary.code_token_ids:
             raise MessageError(
-                f"image id {token_id} at position {index} stands outside a picture; generate with the "
-                "image-span grammar"
+                f"image id {token_id} at position {index} stands outside a picture; generate with "
+                "the image-span grammar"
             )
         elif not 0 <= token_id < vocabulary.vocab_size:
             raise MessageError(
-                f"id {token_id} at position {index}; expected ids below {vocabulary.vocab_size} (padding rows "
-                "of the embedding have no token)"
+                f"id {token_id} at position {index}; expected ids below {vocabulary.vocab_size} "
+                "(padding rows of the embedding have no token)"
             )
         elif token_id not in special:
             text_ids.append(token_id)
@@ -512,7 +517,7 @@ def parse(
 
 
 def _decode(ids: list[int], tokenizer: Any, vocabulary: ImageVocabulary) -> str:
-    """Text of ids in mid-sentence: decoded behind a control token, so that a leading space stays."""
+    """Text of ids in mid-sentence: behind a control token a leading space stays."""
     if not ids:
         return ""
     text = tokenizer.decode(

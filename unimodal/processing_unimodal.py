@@ -1,7 +1,7 @@
 """The processor: pictures and messages -> model inputs, generated ids -> text and pictures.
 
-It holds the text tokenizer, the image processor and the image tokenizer of one merged folder, and the
-image vocabulary that joins them. The language model is not in it.
+It holds the text tokenizer, the image processor and the image tokenizer of one merged folder, and
+the image vocabulary that joins them. The language model is not in it.
 """
 
 import json
@@ -55,8 +55,8 @@ class UnimodalProcessor(ProcessorMixin):
         chat_template: used in place of the tokenizer's own.
 
     Raises:
-        MismatchError: the vocabulary's ids are not the tokenizer's, or its fingerprint is not the image
-            tokenizer's.
+        MismatchError: the vocabulary's ids are not the tokenizer's, or its fingerprint is not the
+            image tokenizer's.
     """
 
     def __init__(
@@ -69,7 +69,8 @@ class UnimodalProcessor(ProcessorMixin):
         draw_instruction: str = DRAW_INSTRUCTION,
         chat_template: str | None = None,
     ) -> None:
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        template = tokenizer.chat_template if chat_template is None else chat_template
+        super().__init__(image_processor, tokenizer, chat_template=template)
         if image_vocabulary is None:
             raise VocabularyError(
                 "a processor without image_vocabulary; give the ImageVocabulary of extend_tokenizer"
@@ -158,16 +159,17 @@ class UnimodalProcessor(ProcessorMixin):
         """Word one conversation or a batch of them by the model's chat template.
 
         Args:
-            conversation: messages, or a list of conversations. Image parts may stand in any turn; see
-                ``unimodal/messages.py`` for their shapes.
+            conversation: messages, or a list of conversations. Image parts may stand in any turn;
+                see ``unimodal/messages.py`` for their shapes.
             tokenize: False gives the text (a picture is an unfilled start-end pair).
             return_tensors: "pt" or "np"; one conversation then has shape (1, T).
-            return_dict: a BatchFeature with ``input_ids`` and ``attention_mask`` in place of the ids.
+            return_dict: a BatchFeature with ``input_ids`` and ``attention_mask`` in place of the
+                ids.
             return_labels: adds ``labels``, -100 where nothing is learnt (padding too). Implies
                 return_dict.
             padding: True or "longest", or "max_length".
-            padding_side: "left" if ``add_generation_prompt`` is set (generation continues every row at
-                its right end), else the tokenizer's.
+            padding_side: "left" if ``add_generation_prompt`` is set (generation continues every row
+                at its right end), else the tokenizer's.
             max_length: a conversation of more ids is refused; cutting one could cut a picture.
             values: variables of the template, ``tools=...`` for example.
 
@@ -197,7 +199,7 @@ class UnimodalProcessor(ProcessorMixin):
             chat_template=chat_template,
             **values,
         )
-        data = self._batch(
+        data: dict[str, Any] = self._batch(
             [row.input_ids for row in rows],
             [row.labels for row in rows] if return_labels else None,
             padding=padding,
@@ -221,15 +223,16 @@ class UnimodalProcessor(ProcessorMixin):
         max_length: int | None = None,
         add_special_tokens: bool = True,
     ) -> BatchFeature:
-        """Tokenize texts that are worded already, with pictures where ``image_token`` stands in them.
+        """Tokenize texts that are worded already, with pictures where ``image_token`` stands in
+        them.
 
-        Control tokens in the text count (it may come from ``apply_chat_template(tokenize=False)``), so
-        give what a stranger wrote to ``apply_chat_template`` instead. The spelling of a code never
-        becomes that code. A text without any ``image_token`` has its pictures in front.
+        Control tokens in the text count (it may come from ``apply_chat_template(tokenize=False)``),
+        so give what a stranger wrote to ``apply_chat_template`` instead. The spelling of a code
+        never becomes that code. A text without any ``image_token`` has its pictures in front.
 
         Args:
-            images: a picture, or a list with the pictures of all texts in order, or one list a text.
-                Without text they become ``pixel_values`` (B, 3, H, W), float32 in [-1, 1].
+            images: a picture, or a list with the pictures of all texts in order, or one list a
+                text. Without text they become ``pixel_values`` (B, 3, H, W), float32 in [-1, 1].
             text: a string or a list of strings.
             add_special_tokens: False leaves out the bos token; it is never put twice.
 
@@ -271,15 +274,17 @@ class UnimodalProcessor(ProcessorMixin):
         """Split the ids of one reply into parts that a message can hold again.
 
         Returns:
-            ``{"type": "text", "text"}`` and ``{"type": "image", "codes", "image"}``, the image a PIL
-            RGB picture; without an image tokenizer there is no "image".
+            ``{"type": "text", "text"}`` and ``{"type": "image", "codes", "image"}``, the image a
+            PIL RGB picture; without an image tokenizer there is no "image".
 
         Raises:
             MessageError: a malformed picture, see :func:`unimodal.messages.parse`.
         """
         return self.parse_batch([ids])[0]
 
-    def parse_batch(self, rows: Sequence[Sequence[int]] | Tensor) -> list[list[dict[str, Any]]]:
+    def parse_batch(
+        self, rows: Sequence[Sequence[int] | Tensor] | Tensor
+    ) -> list[list[dict[str, Any]]]:
         """Parse several replies; their pictures are decoded together."""
         replies: list[list[dict[str, Any]]] = []
         pictures: list[dict[str, Any]] = []
@@ -349,8 +354,8 @@ class UnimodalProcessor(ProcessorMixin):
     def _require_model(self) -> ImageTokenizer:
         if self.vq_model is None:
             raise CheckpointError(
-                "this processor was loaded without its image tokenizer, so pictures can neither be encoded nor "
-                "decoded; load it without load_image_tokenizer=False"
+                "this processor was loaded without its image tokenizer, so pictures can neither be "
+                "encoded nor decoded; load it without load_image_tokenizer=False"
             )
         return self.vq_model
 
@@ -402,7 +407,8 @@ class UnimodalProcessor(ProcessorMixin):
         longest = max((len(row) for row in rows), default=0)
         if max_length is not None and longest > max_length:
             raise MessageError(
-                f"a conversation of {longest} ids; expected at most max_length={max_length}: shorten it"
+                f"a conversation of {longest} ids; expected at most max_length={max_length}: "
+                "shorten it"
             )
         width = longest
         if padding == "max_length":
@@ -412,7 +418,8 @@ class UnimodalProcessor(ProcessorMixin):
         lengths = {len(row) for row in rows}
         if not padding and return_tensors and len(lengths) > 1:
             raise MessageError(
-                f"rows of {min(lengths)} to {max(lengths)} ids cannot be one tensor; set padding=True"
+                f"rows of {min(lengths)} to {max(lengths)} ids cannot be one tensor; set "
+                "padding=True"
             )
         pad_id = self.tokenizer.pad_token_id
         pad_id = pad_id if pad_id is not None else self.tokenizer.eos_token_id or 0
@@ -428,6 +435,9 @@ class UnimodalProcessor(ProcessorMixin):
         if labels is not None:
             data["labels"] = [padded(row, IGNORED) for row in labels]
         return data
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.to_json_string()}"
 
     # --- folder -----------------------------------------------------------------------------------
 
@@ -445,7 +455,8 @@ class UnimodalProcessor(ProcessorMixin):
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> list[str]:
-        """Write the text tokenizer, ``processor_config.json`` and, if it is loaded, ``image_tokenizer/``.
+        """Write the text tokenizer, ``processor_config.json`` and, if it is loaded,
+        ``image_tokenizer/``.
 
         Args:
             save_directory: made if it is missing; other files in it stay.
@@ -454,7 +465,7 @@ class UnimodalProcessor(ProcessorMixin):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         if self._auto_class is not None:  # loaded as remote code: its source files go with it
-            custom_object_save(self, folder, config=self)
+            custom_object_save(self, folder, config=cast(Any, self))
         tokenizer = self.tokenizer
         if self._own_template() is not None:
             tokenizer.chat_template = self._own_template()
@@ -487,9 +498,10 @@ class UnimodalProcessor(ProcessorMixin):
         """Load the processor of a merged folder or hub id.
 
         Args:
-            load_image_tokenizer: False leaves ``vq_model`` out; pictures then have to come as codes.
-            kwargs: ``caption_instruction``, ``draw_instruction`` or ``chat_template`` in place of the
-                folder's. What AutoProcessor adds (``trust_remote_code``, ...) is ignored.
+            load_image_tokenizer: False leaves ``vq_model`` out; pictures then have to come as
+                codes.
+            kwargs: ``caption_instruction``, ``draw_instruction`` or ``chat_template`` in place of
+                the folder's. What AutoProcessor adds (``trust_remote_code``, ...) is ignored.
 
         Raises:
             CheckpointError: a folder that is missing, or holds no merged model.
@@ -510,7 +522,8 @@ class UnimodalProcessor(ProcessorMixin):
         sub_folder = folder / IMAGE_TOKENIZER_FOLDER
         if not sub_folder.is_dir():
             raise CheckpointError(
-                f"{folder} has no {IMAGE_TOKENIZER_FOLDER} folder; expected a whole merged model: merge it again"
+                f"{folder} has no {IMAGE_TOKENIZER_FOLDER} folder; expected a whole merged model: "
+                "merge it again"
             )
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -529,7 +542,7 @@ class UnimodalProcessor(ProcessorMixin):
             **values,
         )
         if "auto_map" in config:
-            processor.auto_map = config["auto_map"]
+            processor.__dict__["auto_map"] = config["auto_map"]
         return processor
 
 
@@ -545,14 +558,14 @@ def _require_match(tokenizer: Any, vq_model: Any, vocabulary: ImageVocabulary) -
         found = tokenizer.convert_tokens_to_ids(string)
         if found != token_id:
             raise MismatchError(
-                f"the text tokenizer gives {string} the id {found}; expected {token_id} as in the image "
-                "vocabulary: use the tokenizer of the merged folder"
+                f"the text tokenizer gives {string} the id {found}; expected {token_id} as in the "
+                "image vocabulary: use the tokenizer of the merged folder"
             )
     if vq_model is not None and vq_model.fingerprint() != vocabulary.fingerprint:
         raise MismatchError(
-            f"the image tokenizer's fingerprint is {vq_model.fingerprint()[:12]}; the model was merged with "
-            f"{vocabulary.fingerprint[:12]}, so its codes would mean other pictures: put back the image tokenizer "
-            "of the merge, or merge again"
+            f"the image tokenizer's fingerprint is {vq_model.fingerprint()[:12]}; the model was "
+            f"merged with {vocabulary.fingerprint[:12]}, so its codes would mean other pictures: "
+            "put back the image tokenizer of the merge, or merge again"
         )
 
 
@@ -581,7 +594,8 @@ def _local_folder(name_or_path: str | os.PathLike[str], **hub: Any) -> Path:
     name = str(name_or_path)
     if path.is_absolute() or path.exists() or name.startswith(".") or name.count("/") != 1:
         raise CheckpointError(
-            f"{name} is no folder; expected a folder that `unimodal merge` wrote, or a hub id owner/name"
+            f"{name} is no folder; expected a folder that `unimodal merge` wrote, or a hub id "
+            "owner/name"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
