@@ -95,21 +95,20 @@ class RowBatch:
 def guided_generate(
     model: Any,
     input_ids: Tensor,
-    attention_mask: Tensor | None = None,
+    *,
     negative_input_ids: Tensor | None = None,
     negative_attention_mask: Tensor | None = None,
-    *,
     grammar: ImageSpanGrammar,
     settings: "SamplingSettings",
     seeds: Sequence[int] | None = None,
     generation_config: Any = None,
-    **_ignored: Any,
+    **options: Any,
 ) -> Tensor:
     """Draw with guidance: ``model.generate(..., custom_generate=guided_generate, grammar=...)``.
 
     Args:
         model: a decoder-only Hugging Face model.
-        input_ids, attention_mask: (B, T), left padded.
+        input_ids: (B, T), left padded.
         negative_input_ids, negative_attention_mask: the unconditional prompts, (B, T') or (1, T')
             for all rows, left padded; not needed where ``settings.guidance`` is 1.
         grammar: what is legal.
@@ -117,6 +116,8 @@ def guided_generate(
             ``generate``'s own arguments.
         seeds: one per row; None counts up from ``settings.seed``.
         generation_config: filled in by ``generate``.
+        options: what else ``generate`` hands over. ``attention_mask`` (B, T) is used; temperature,
+            top-k, processors and streamers of transformers are not.
 
     Returns:
         int64 (B, T + new): the prompts and what was generated, padded on the right.
@@ -137,7 +138,7 @@ def guided_generate(
         raise ConfigurationError(
             f"num_beams is {generation_config.num_beams}, but guided drawing knows no beams; use 1"
         )
-    prompts = _unpad(input_ids, attention_mask)
+    prompts = _unpad(input_ids, options.get("attention_mask"))
     negatives = None
     if negative_input_ids is not None:
         negatives = _unpad(negative_input_ids, negative_attention_mask)
