@@ -235,3 +235,94 @@ def tiny_llm(
     }
     config = CONFIG_MAPPING[family](**{**values, **changes})
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+def save_llm(
+    folder: str | Path,
+    family: str = "qwen3",
+    *,
+    tokenizer: Any = None,
+    tied: bool = True,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "5GB",
+    **changes: Any,
+) -> Path:
+    """Write a base LLM as it would come from the hub: model, tokenizer, chat template."""
+    folder = Path(folder)
+    tokenizer = qwen_tokenizer() if tokenizer is None else tokenizer
+    changes.setdefault("vocab_size", len(tokenizer) + 3)  # published models have spare rows
+    changes.setdefault("eos_token_id", tokenizer.eos_token_id)
+    changes.setdefault("bos_token_id", tokenizer.bos_token_id)
+    changes.setdefault("pad_token_id", tokenizer.pad_token_id)
+    model = tiny_llm(family, tied=tied, **changes).to(dtype)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_image_tokenizer(seed: int = 0, **changes: Any) -> Any:
+    """An untrained image tokenizer of 16 x 16 pixels, 4 codes a picture, 16 codes.
+
+    Its decoder paints noticeably different pictures for different codes.
+    """
+    from tokenizer_hf.configuration_image_tokenizer import ImageTokenizerConfig
+    from tokenizer_hf.modeling_image_tokenizer import ImageTokenizer
+
+    torch.manual_seed(seed)
+    values: dict[str, Any] = {
+        "image_size": 16,
+        "base_channels": 8,
+        "channel_multiplier": [1, 1, 1],
+        "num_res_blocks": 1,
+        "codebook_size": 16,
+        "codebook_dim": 4,
+    }
+    return ImageTokenizer(ImageTokenizerConfig(**{**values, **changes})).eval()
+
+
+def nested_image_tokenizer(seed: int = 0, **changes: Any) -> Any:
+    """An untrained nested tokenizer: 2 to 6 codes a picture of 16 x 16 pixels, 16 codes."""
+    values: dict[str, Any] = {
+        "encoder_type": "vit",
+        "decoder_type": "vit",
+        "token_layout": "nested_1d",
+        "patch_size": 8,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_latent_tokens": 6,
+        "min_tokens": 2,
+    }
+    return tiny_image_tokenizer(seed, **{**values, **changes})
+
+
+def toy_merged_folder(
+    tmp_path: str | Path,
+    family: str = "qwen3",
+    *,
+    style: str = "qwen",
+    tied: bool = True,
+    nested: bool = False,
+    vocab_mode: str = "added",
+    dtype: torch.dtype = torch.float32,
+    **merge_settings: Any,
+) -> Path:
+    """A merged folder of a random LLM and an untrained image tokenizer: ``tmp_path / "merged"``.
+
+    The parts are beside it: ``tmp_path / "llm"`` and ``tmp_path / "image_tokenizer"``.
+    """
+    from unimodal.merge import merge
+
+    tmp_path = Path(tmp_path)
+    llm = save_llm(
+        tmp_path / "llm", family, tokenizer=TEXT_TOKENIZERS[style](), tied=tied, dtype=dtype
+    )
+    image_tokenizer = nested_image_tokenizer() if nested else tiny_image_tokenizer()
+    image_tokenizer.save_pretrained(tmp_path / "image_tokenizer")
+    return merge(
+        llm,
+        tmp_path / "image_tokenizer",
+        tmp_path / "merged",
+        vocab_mode=vocab_mode,
+        **merge_settings,
+    )
