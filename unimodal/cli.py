@@ -1,4 +1,4 @@
-"""The command line: ``unimodal COMMAND``. The roof of the house, the only file that sees all four packages.
+"""The command line, ``unimodal COMMAND``: the roof, the only file that sees all four packages.
 
 Every command imports what it needs inside itself, so that ``unimodal --help`` answers at once.
 A mistake of the user ends in one line on standard error and exit code 2 (``--debug`` shows the
@@ -8,13 +8,14 @@ traceback), Ctrl-C in exit code 130.
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 app = typer.Typer(
     name="unimodal",
-    help="Any discrete image tokenizer + any Hugging Face text LLM = one model that sees and draws.",
+    help="Any discrete image tokenizer + any Hugging Face text LLM = one model that sees and "
+    "draws.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,6 +36,261 @@ def _options(debug: Debug = False) -> None:
 # --- vocabulary and merge -------------------------------------------------------------------------
 
 # --- caption, draw, chat --------------------------------------------------------------------------
+
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", metavar="DIR", help="A merged model: a folder, or a hub id."),
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="A PEFT adapter that was trained on the model."),
+]
+Device = Annotated[
+    str | None, typer.Option(help="`cpu`, `cuda`, `cuda:1`. Default: CUDA where there is one.")
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="`float32`, `bfloat16`. Default: as the weights were saved.")
+]
+
+
+@app.command()
+def caption(
+    pictures: Annotated[
+        list[Path], typer.Argument(metavar="PICTURE...", help="PNG, JPEG, WebP, GIF, ...")
+    ],
+    model: Model,
+    instruction: Annotated[
+        str | None,
+        typer.Option("--ask", help="Ask this instead of the model's own “Describe the picture.”"),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0: always the likeliest word. Above: more varied.")
+    ] = 0.0,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Choose among this many likeliest words.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Picture i draws its words with seed + i.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest caption, in tokens.")] = 128,
+    adapter: Adapter = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Say what pictures show: one line `PICTURE<tab>CAPTION` for each.
+
+    A picture of any size or kind is brought to the tokenizer's size first: upright (EXIF),
+    transparency over white, the first frame of an animation.
+
+    **Examples**
+
+    `unimodal caption --model my-model cat.png`
+
+    `unimodal caption --model my-model photos/*.jpg > captions.tsv`
+
+    `unimodal caption --model my-model --ask "What colour is the circle?" scene.png`
+    """
+    from tokenizer_hf.image_processing_image_tokenizer import open_image
+
+    for picture in pictures:
+        open_image(picture)  # a bad picture is told before the model is loaded
+    unimodal = _load(model, adapter, device, dtype)
+    captions = unimodal.caption(
+        list(pictures),
+        instruction=instruction,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+    )
+    for picture, text in zip(pictures, captions, strict=True):
+        typer.echo(f"{picture}\t{' '.join(text.split())}")
+
+
+@app.command()
+def draw(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw.")],
+    model: Model,
+    n: Annotated[int, typer.Option("--n", min=1, help="Pictures of each prompt.")] = 1,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Picture i has seed + i; the same seed draws the same. Default: a new one."
+        ),
+    ] = None,
+    guidance: Annotated[
+        float,
+        typer.Option(min=0, help="1: off. 2 to 5: follow the prompt more closely, vary less."),
+    ] = 3.0,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Below 1: safer. Above: wilder. 0: the likeliest picture.")
+    ] = 1.0,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Choose among this many likeliest codes.")
+    ] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Codes of a picture, where its tokenizer is nested: fewer, faster."
+        ),
+    ] = None,
+    negative: Annotated[str, typer.Option(help="What guidance leads away from.")] = "",
+    out: Annotated[
+        Path, typer.Option(help="A folder, or for one picture a file that ends in .png.")
+    ] = Path("drawings"),
+    adapter: Adapter = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Draw prompts as PNG files; print their paths.
+
+    Each file says in its metadata how it was made (text chunks `prompt` and `unimodal`), so the
+    same picture can be drawn again.
+
+    **Examples**
+
+    `unimodal draw --model my-model "a red circle above a blue square"`
+
+    `unimodal draw --model my-model "three green stars" --n 4 --seed 7 --guidance 4 --out stars`
+
+    `unimodal draw --model my-model "a ring" --negative "black background" --out ring.png`
+    """
+    import secrets
+
+    from tqdm import tqdm
+
+    from tokenizer_hf.errors import ConfigurationError, MessageError
+
+    number = n * len(prompts)
+    if out.suffix.lower() == ".png" and number > 1:
+        raise ConfigurationError(f"--out {out} is one file, but {number} pictures; give a folder")
+    if not all(prompt.strip() for prompt in prompts):
+        raise MessageError("the prompt is empty; expected some words")
+    seed = secrets.randbits(31) if seed is None else seed
+    unimodal = _load(model, adapter, device, dtype)
+
+    from unimodal.terminal import picture_escape, picture_path, save_png, terminal_protocol
+
+    vocabulary = unimodal.processor.vocabulary
+    ids = (budget or vocabulary.num_tokens) * vocabulary.num_codebooks + 2
+    settings = {
+        "guidance": guidance,
+        "temperature": temperature,
+        "top_k": top_k,
+        "budget": budget,
+        "negative_prompt": negative,
+    }
+    with tqdm(total=number * ids, unit="id", desc="drawing", disable=None, leave=False) as bar:
+        pictures = unimodal.draw(
+            prompts, n=n, seed=seed, on_token=lambda row, token_id: bar.update(), **settings
+        )
+    about = {"model": model, "adapter": adapter, "image_tokenizer": vocabulary.fingerprint}
+    for index, picture in enumerate(pictures):
+        prompt = prompts[index // n]
+        path = out if out.suffix.lower() == ".png" else picture_path(out, prompt, seed + index)
+        save_png(picture, path, {"prompt": prompt, "seed": seed + index, **settings, **about})
+        typer.echo(f"{picture_escape(picture, terminal_protocol())}{path}")
+
+
+@app.command()
+def chat(
+    model: Model,
+    images: Annotated[
+        str,
+        typer.Option(
+            "--draw",
+            help="`auto`: the model decides. `on`: each reply begins with a picture. `off`.",
+        ),
+    ] = "auto",
+    system: Annotated[
+        str | None, typer.Option(help="A system message, if the model's template has room for one.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Of the words; 0: always the likeliest.")
+    ] = 0.7,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Of the words.")] = 50,
+    guidance: Annotated[float, typer.Option(min=0, help="Of the pictures; 1: off.")] = 3.0,
+    image_temperature: Annotated[float, typer.Option(min=0, help="Of the pictures.")] = 1.0,
+    image_top_k: Annotated[int | None, typer.Option(min=1, help="Of the pictures.")] = None,
+    budget: Annotated[
+        int | None, typer.Option(min=1, help="Codes of a picture, where its tokenizer is nested.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the first reply; counts up. Default: a new one.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where pictures are written.")] = Path("drawings"),
+    adapter: Adapter = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Chat in the terminal, with pictures in both directions.
+
+    `/image PATH` puts a picture into your next message; the model's pictures are written as files,
+    their paths are printed, and kitty, iTerm2 and colour terminals show them. `/help` lists the
+    commands, `/quit` or Ctrl-D leaves. Lines may also come from a pipe.
+
+    **Examples**
+
+    `unimodal chat --model my-model`
+
+    `printf '/image cat.png\nWhat is this?\n' | unimodal chat --model my-model --temperature 0`
+    """
+    import secrets
+
+    from tokenizer_hf.errors import ConfigurationError
+
+    modes = {"auto": "auto", "on": "force", "off": "never"}
+    if images not in modes:
+        raise ConfigurationError(f"--draw {images}; expected auto, on or off")
+    unimodal = _load(model, adapter, device, dtype)
+
+    from unimodal.terminal import Chat, read_lines, terminal_protocol
+
+    session = Chat(
+        unimodal,
+        out=out,
+        options={
+            "temperature": temperature,
+            "top_k": top_k,
+            "guidance": guidance,
+            "image_temperature": image_temperature,
+            "image_top_k": image_top_k,
+            "budget": budget,
+        },
+        images=modes[images],  # type: ignore[arg-type]
+        seed=secrets.randbits(31) if seed is None else seed,
+        system=system,
+        protocol=terminal_protocol(),
+    )
+    if sys.stdin.isatty():
+        typer.echo(f"{model}: write a message, or /help.")
+    session.run(read_lines())
+
+
+def _load(model: str, adapter: str | None, device: str | None, dtype: str | None) -> Any:
+    """The model, with transformers' own messages turned off."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"loading {model}"):
+        import torch
+        from transformers.utils import logging
+
+        from tokenizer_hf.errors import ConfigurationError
+        from unimodal.pipeline import Unimodal
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ConfigurationError(f"--dtype {dtype}; expected float32, bfloat16 or float16")
+        try:
+            where = torch.device(device) if device else None
+            if where is not None:
+                torch.empty(0, device=where)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigurationError(f"--device {device} cannot be used: {reason}") from error
+        return Unimodal.from_pretrained(model, device=where, dtype=dtype, adapter=adapter)
+
 
 # --- data and training ----------------------------------------------------------------------------
 
@@ -146,19 +402,47 @@ def serve_check(
 
 
 def main() -> None:
-    """Run the command line; print errors as one line unless ``--debug`` is given."""
+    """Run the command line. Errors are one line and an exit code; ``--debug`` shows the traceback.
+
+    Exit codes: 0 done; 2 a mistake in the input, which the line explains; 1 anything else; 130
+    interrupted.
+    """
+    import warnings
+
     from tokenizer_hf.errors import UnimodalError
 
+    if "--debug" in sys.argv:  # before or behind the command, as it comes to mind
+        sys.argv.remove("--debug")
+        os.environ["UNIMODAL_DEBUG"] = "1"
+    debug = bool(os.environ.get("UNIMODAL_DEBUG"))
+    if not debug:
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {_one_line(message)}\n"
     try:
-        app(standalone_mode=True)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except (UnimodalError, OSError) as error:
-        if os.environ.get("UNIMODAL_DEBUG"):
+        code = app(standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except BrokenPipeError:  # the reader (`| head`) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Exception as error:
+        if debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        if hasattr(error, "format_message"):  # a mistake in the command line
+            message, code = error.format_message(), error.exit_code  # type: ignore[attr-defined]
+        elif isinstance(error, UnimodalError | OSError):
+            message, code = str(error), 2
+        else:
+            message = f"{type(error).__name__}: {error} (a bug? --debug shows where)"
+            code = 1
+        if message.strip():
+            print(f"error: {_one_line(message)}", file=sys.stderr)
+    if code == 130:
+        print("error: interrupted", file=sys.stderr)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())
 
 
 if __name__ == "__main__":

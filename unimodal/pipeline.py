@@ -12,7 +12,7 @@ import os
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, cast
 
 import torch
 from PIL import Image
@@ -65,8 +65,8 @@ class Unimodal:
         needed = processor.vocabulary.vocab_size
         if rows < needed:
             raise MismatchError(
-                f"the language model has {rows} embedding rows; expected at least {needed}, one per "
-                "id of the tokenizer: use the model that `unimodal merge` wrote with this processor"
+                f"the language model has {rows} embedding rows; expected at least {needed}, one "
+                "per id of the tokenizer: use the model that was merged with this processor"
             )
         self.model = model.eval()
         self.processor = processor
@@ -102,10 +102,6 @@ class Unimodal:
 
     # --- the three things it does -----------------------------------------------------------------
 
-    @overload
-    def caption(self, image: list[Any], **options: Any) -> list[str]: ...
-    @overload
-    def caption(self, image: Any, **options: Any) -> str: ...
     def caption(
         self,
         image: Any,
@@ -198,10 +194,6 @@ class Unimodal:
         )
         return [reply.images[0] for reply in replies]
 
-    @overload
-    def chat(self, messages: list[Message], **options: Any) -> Reply: ...
-    @overload
-    def chat(self, messages: list[list[Message]], **options: Any) -> list[Reply]: ...
     def chat(
         self,
         messages: Any,
@@ -309,7 +301,7 @@ class Unimodal:
 def _as_reply(parts: list[dict[str, Any]]) -> Reply:
     return Reply(
         text="".join(part["text"] for part in parts if part["type"] == "text"),
-        images=[part["image"] for part in parts if part["type"] == "image"],
+        images=[part["image"] for part in parts if "image" in part],
         parts=parts,
         message={"role": "assistant", "content": parts},
     )
@@ -338,19 +330,20 @@ def _seeds(seed: int | None, number: int) -> list[int]:
 
 def _load_language_model(name_or_path: str, dtype: str | torch.dtype | None) -> Any:
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name_or_path, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise CheckpointError(
-            f"the language model in {name_or_path} cannot be loaded: {_first_line(error)}; expected "
-            "a folder that `unimodal merge` wrote: merge it again, or copy it again"
+            f"the language model in {name_or_path} cannot be loaded: {_first_line(error)}; "
+            "expected a folder that `unimodal merge` wrote: merge it again, or copy it again"
         ) from error
+    model, info = loaded
     wrong = [key for name in ("missing_keys", "mismatched_keys") for key in info.get(name, ())]
     if wrong:
         raise CheckpointError(
-            f"the weights of {name_or_path} do not fit its config.json: {len(wrong)} are missing or "
-            f"of another shape, for example {min(map(str, wrong))}; merge it again"
+            f"the weights of {name_or_path} do not fit its config.json: {len(wrong)} are missing "
+            f"or of another shape, for example {min(map(str, wrong))}; merge it again"
         )
     return model
 
