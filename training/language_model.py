@@ -1,0 +1,149 @@
+"""`unimodal train`: teach a merged model to draw and to caption, by LoRA, QLoRA or full tuning."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, set_seed
+
+from tokenizer_hf.errors import CheckpointError
+from training.adapters import add_adapter, copy_companions, fold_lora, is_adapter_row
+from training.data.collate import Steps
+from training.data.examples import Examples
+from training.data.mixing import Mix
+from training.recipes import LanguageModelRecipe
+from training.runs import close_run, digest, open_run, publishing, run_to_the_end
+from training.trainer import UnimodalTrainer, training_arguments
+from unimodal.merge import find_folder
+from unimodal.processing_unimodal import UnimodalProcessor
+
+logger = logging.getLogger(__name__)
+
+
+def train(recipe: LanguageModelRecipe, *, resume: bool = True) -> Path:
+    """Run a recipe to its end.
+
+    In ``output_dir`` there are afterwards: the adapter (an ordinary PEFT folder), or in mode full a
+    merged model folder; ``recipe.yaml`` with every default resolved; ``run.json``; ``metrics.jsonl``
+    with the losses by direction; checkpoints; TensorBoard logs under ``runs/``.
+
+    Args:
+        resume: go on from the last whole checkpoint in ``output_dir``, which gives exactly what an
+            uninterrupted run gives. False: start over and remove an earlier run from there.
+
+    Raises:
+        ConfigurationError: settings that cannot be right, or ``output_dir`` holds the run of
+            another recipe; the message lists the differences.
+        CheckpointError, MismatchError, DataError: the model or the data cannot be used.
+        KeyboardInterrupt: after Ctrl-C, once a checkpoint has been written.
+    """
+    folder = find_folder(recipe.model)
+    processor = UnimodalProcessor.from_pretrained(folder, load_image_tokenizer=False)
+    identity = {
+        "model": digest(sorted(folder.glob("*.safetensors"))),
+        "data": digest(
+            [Path(c) / "cache_manifest.json" for c in recipe.data.caches]
+            + [Path(t) for t in recipe.data.text]
+        ),
+    }
+    output_dir = Path(recipe.output_dir)
+    finished, recipe = open_run(recipe, identity, resume)
+    if finished:
+        return output_dir
+    set_seed(recipe.training.get("seed", 0))
+    examples = Examples(processor, recipe.data.caches, recipe.data.text, recipe.data.max_length)
+    model = load_model(folder, recipe)
+    text_ids, row_ids = _id_groups(processor)
+    if recipe.mode == "full":
+        is_row = table_names(model)
+    else:
+        model = add_adapter(model, processor.vocabulary, recipe.lora)
+        is_row = is_adapter_row
+        if recipe.lora.fold:
+            logger.info("folded %d LoRA layers", fold_lora(model))
+
+    args = training_arguments(str(output_dir), bool(recipe.bf16), recipe.training)
+    mix = Mix(
+        examples.num_items,
+        examples.mean_loss_tokens(),
+        recipe.data.weights,
+        examples_per_step=micro_batches(args) * args.per_device_train_batch_size,
+        prompt_dropout=recipe.data.prompt_dropout,
+        seed=args.seed,
+    )
+    shares = ", ".join(f"{d} {share:.0%}" for d, share in mix.example_shares.items())
+    logger.info("examples by direction: %s", shares)
+    trainer = UnimodalTrainer(
+        model,
+        args,
+        make_steps(examples, mix, args),
+        optimizer=recipe.optimizer,
+        loss=recipe.loss,
+        is_row=is_row,
+        pad_token_id=processor.tokenizer.pad_token_id or 0,
+        text_ids=text_ids,
+        row_ids=row_ids if recipe.mode == "full" else None,
+    )
+    run_to_the_end(trainer, output_dir)
+    with publishing(output_dir) as temporary:
+        trainer.save_model(str(temporary))
+        if recipe.mode == "full":
+            copy_companions(folder, temporary)
+    close_run(output_dir, image_vocabulary=processor.vocabulary.to_dict())
+    return output_dir
+
+
+def load_model(folder: Path, recipe: LanguageModelRecipe) -> Any:
+    """Load the merged base as a resolved recipe wants it: float format, attention, 4 bits."""
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, recipe.dtype),
+        "attn_implementation": recipe.attention,
+    }
+    if recipe.mode == "qlora":
+        from peft import prepare_model_for_kbit_training
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if recipe.bf16 else torch.float32,
+        )
+        options["device_map"] = {"": "cuda" if torch.cuda.is_available() else "cpu"}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the model {folder} cannot be loaded: {error}") from error
+    if recipe.mode == "qlora":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return model
+
+
+def table_names(model: Any) -> Callable[[str], bool]:
+    """Return a test, by name, for the parameters of the embedding and the head."""
+    tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    names = {n for n, p in model.named_parameters() if any(p is table for table in tables)}
+    return names.__contains__
+
+
+def make_steps(examples: Any, mix: Mix, args: Any) -> Steps:
+    """Return the batches of a run."""
+    return Steps(
+        examples, mix, args.max_steps, args.per_device_train_batch_size, micro_batches(args)
+    )
+
+
+def micro_batches(args: Any) -> int:
+    """Return the micro-batches of an optimizer step, over all devices."""
+    return args.gradient_accumulation_steps * args.world_size
+
+
+def _id_groups(processor: UnimodalProcessor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the ids of the text vocabulary and the ids that the extension added."""
+    vocabulary = processor.vocabulary
+    new = torch.tensor(vocabulary.new_token_ids)
+    text = torch.ones(vocabulary.vocab_size, dtype=torch.bool)
+    text[new] = False
+    return torch.nonzero(text).flatten(), new

@@ -1,0 +1,91 @@
+"""`unimodal train-text-model`: a small causal LM from scratch, to be merged later."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from tokenizer_hf.errors import CheckpointError, ConfigurationError
+from training.data.examples import TextExamples
+from training.data.mixing import Mix
+from training.language_model import make_steps, micro_batches, table_names
+from training.recipes import TextModelRecipe
+from training.runs import close_run, digest, open_run, publishing, run_to_the_end
+from training.trainer import UnimodalTrainer, training_arguments
+
+logger = logging.getLogger(__name__)
+
+
+def train_text_model(recipe: TextModelRecipe, *, resume: bool = True) -> Path:
+    """Run a recipe to its end; ``output_dir`` then is a plain causal LM folder.
+
+    The model is made from ``model_type`` and ``config``; vocabulary size and special ids come from
+    the tokenizer. Chats are learnt as a whole, user turns too.
+
+    Args:
+        resume: as in `training.language_model.train`.
+
+    Raises:
+        ConfigurationError: an unknown model type or setting, or ``output_dir`` holds another run.
+        CheckpointError: no tokenizer there.
+        DataError: the text files are missing or hold no usable line.
+        KeyboardInterrupt: after Ctrl-C, once a checkpoint has been written.
+    """
+    output_dir = Path(recipe.output_dir)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"no text tokenizer at {recipe.tokenizer}: {error}") from error
+    identity = {
+        "tokenizer": digest(sorted(Path(recipe.tokenizer).glob("tokenizer.json"))),
+        "data": digest([Path(file) for file in recipe.text]),
+    }
+    finished, recipe = open_run(recipe, identity, resume)
+    if finished:
+        return output_dir
+    set_seed(recipe.training.get("seed", 0))
+    model = make_model(recipe, tokenizer)
+    examples = TextExamples(tokenizer, recipe.text, recipe.max_length)
+    args = training_arguments(str(output_dir), bool(recipe.bf16), recipe.training)
+    mix = Mix(
+        examples.num_items,
+        examples.mean_loss_tokens(),
+        {"text": 1.0},
+        examples_per_step=micro_batches(args) * args.per_device_train_batch_size,
+        seed=args.seed,
+    )
+    trainer = UnimodalTrainer(
+        model,
+        args,
+        make_steps(examples, mix, args),
+        optimizer=recipe.optimizer,
+        is_row=table_names(model),
+        pad_token_id=tokenizer.pad_token_id or 0,
+    )
+    run_to_the_end(trainer, output_dir)
+    with publishing(output_dir) as temporary:
+        trainer.save_model(str(temporary))
+        tokenizer.save_pretrained(temporary)
+    close_run(output_dir)
+    return output_dir
+
+
+def make_model(recipe: TextModelRecipe, tokenizer: Any) -> torch.nn.Module:
+    """Make the random model; raises ConfigurationError for settings that its class refuses."""
+    fixed = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if wrong := sorted(set(recipe.config) & set(fixed)):
+        raise ConfigurationError(f"config.{wrong[0]} comes from the tokenizer; leave it out")
+    try:
+        config = AutoConfig.for_model(recipe.model_type, **recipe.config, **fixed)
+        return AutoModelForCausalLM.from_config(config, attn_implementation=recipe.attention)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigurationError(
+            f"model_type {recipe.model_type!r} with config {recipe.config}: {error}"
+        ) from error
