@@ -95,6 +95,9 @@ def caption(
     for picture in pictures:
         open_image(picture)  # a bad picture is told before the model is loaded
     unimodal = _load(model, adapter, device, dtype)
+
+    from unimodal.terminal import printable
+
     captions = unimodal.caption(
         list(pictures),
         instruction=instruction,
@@ -104,7 +107,7 @@ def caption(
         max_new_tokens=max_new_tokens,
     )
     for picture, text in zip(pictures, captions, strict=True):
-        typer.echo(f"{picture}\t{' '.join(text.split())}")
+        typer.echo(f"{picture}\t{printable(' '.join(text.split()))}")
 
 
 @app.command()

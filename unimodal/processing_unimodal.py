@@ -6,6 +6,7 @@ the image vocabulary that joins them. The language model is not in it.
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.processing_utils import ProcessorMixin
 
 from tokenizer_hf.errors import CheckpointError, MessageError, MismatchError, VocabularyError
@@ -33,6 +33,7 @@ from unimodal.messages import (
     render_text,
     with_codes,
 )
+from unimodal.remote_code import add_remote_code
 
 PROCESSOR_FILE = "processor_config.json"
 IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
@@ -223,8 +224,7 @@ class UnimodalProcessor(ProcessorMixin):
         max_length: int | None = None,
         add_special_tokens: bool = True,
     ) -> BatchFeature:
-        """Tokenize texts that are worded already, with pictures where ``image_token`` stands in
-        them.
+        """Tokenize texts that are worded already; pictures go where ``image_token`` stands.
 
         Control tokens in the text count (it may come from ``apply_chat_template(tokenize=False)``),
         so give what a stranger wrote to ``apply_chat_template`` instead. The spelling of a code
@@ -455,8 +455,10 @@ class UnimodalProcessor(ProcessorMixin):
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> list[str]:
-        """Write the text tokenizer, ``processor_config.json`` and, if it is loaded,
-        ``image_tokenizer/``.
+        """Write everything of a merged folder but the language model.
+
+        That is the text tokenizer, ``processor_config.json``, ``image_tokenizer/`` and the source
+        files for ``trust_remote_code``; without ``vq_model`` only the first two.
 
         Args:
             save_directory: made if it is missing; other files in it stay.
@@ -464,8 +466,6 @@ class UnimodalProcessor(ProcessorMixin):
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        if self._auto_class is not None:  # loaded as remote code: its source files go with it
-            custom_object_save(self, folder, config=cast(Any, self))
         tokenizer = self.tokenizer
         if self._own_template() is not None:
             tokenizer.chat_template = self._own_template()
@@ -477,6 +477,8 @@ class UnimodalProcessor(ProcessorMixin):
                 VocabularyExtension.from_image_tokenizer(self.vq_model).save(temporary)
         with atomic_write(folder / PROCESSOR_FILE) as temporary:
             temporary.write_text(self.to_json_string(), encoding="utf-8")
+        if self.vq_model is not None:
+            _write_code(folder)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", folder.name)
             self.push_to_hub(repo_id, **kwargs)
@@ -544,6 +546,16 @@ class UnimodalProcessor(ProcessorMixin):
         if "auto_map" in config:
             processor.__dict__["auto_map"] = config["auto_map"]
         return processor
+
+
+def _write_code(folder: Path) -> None:
+    """Put our sources into a saved folder, so that AutoProcessor finds its class anywhere."""
+    if __package__ == "unimodal":
+        add_remote_code(folder)
+        return
+    for source in Path(__file__).parent.glob("*.py"):  # we are such a copy: hand it on
+        for target in (folder, folder / IMAGE_TOKENIZER_FOLDER):
+            shutil.copy(source, target / source.name)
 
 
 def _flat(images: Any) -> list[Any]:

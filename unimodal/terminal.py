@@ -40,6 +40,11 @@ Write a message and press Enter. A line that begins with / is a command:
 To begin a message with /, write // instead."""
 
 
+def printable(text: str) -> str:
+    """The text without control characters: what a model writes must not steer the terminal."""
+    return "".join(c for c in text if c.isprintable() or c in "\n\t")
+
+
 # --- pictures in files ----------------------------------------------------------------------------
 
 
@@ -269,7 +274,7 @@ class Chat:
                 save_png(part["image"], part["path"], settings)
                 self.write(picture_escape(part["image"], self.protocol) + f"[{part['path']}]")
             else:
-                self.write(part["text"].strip())
+                self.write(printable(part["text"]).strip())
         if not reply.parts:
             self.write("(the model said nothing)")
         # Only now, so that an error or Ctrl-C leaves the conversation as it was.
