@@ -66,7 +66,7 @@ def open_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
         ) from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} has too many pixels: {error}; make it smaller") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except Exception as error:  # Pillow's readers raise errors of many types on damaged files
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ImageError(f"{name} cannot be read as a picture: {reason}; is it damaged?") from error
 

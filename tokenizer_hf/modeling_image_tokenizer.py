@@ -28,6 +28,7 @@ from tokenizer_hf.errors import CheckpointError, CodeError, UnimodalError
 from tokenizer_hf.image_processing_image_tokenizer import ImageTokenizerImageProcessor
 from tokenizer_hf.quantizers.fsq import FiniteScalarQuantizer
 from tokenizer_hf.quantizers.vq import VectorQuantizer
+from tokenizer_hf.vocabulary import VocabularyExtension
 
 _TRAINING_ONLY_FIELDS = ("codebook_update", "ema_decay", "commitment_cost", "revive_after")
 _TRAINING_ONLY_TENSORS = ("quantizer.cluster_size", "quantizer.steps_unused")
@@ -93,7 +94,8 @@ class ImageTokenizer(PreTrainedModel):
             init.normal_(module.positions, std=0.5)
         elif isinstance(module, VitDecoder):
             init.normal_(module.patch_positions, std=0.5)
-            init.normal_(module.token_positions, std=0.5)
+            if module.token_positions is not None:
+                init.normal_(module.token_positions, std=0.5)
 
     @torch.no_grad()
     def encode(self, pixel_values: Tensor, num_tokens: int | None = None) -> Tensor:
@@ -218,7 +220,8 @@ class ImageTokenizer(PreTrainedModel):
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Write ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``.
+        """Write ``config.json``, ``model.safetensors``, ``preprocessor_config.json`` and
+        ``vocabulary_extension.json``.
 
         Everything is written beside the folder first and renamed into it at the end: a full disk
             leaves
@@ -240,6 +243,7 @@ class ImageTokenizer(PreTrainedModel):
         try:
             super().save_pretrained(temporary, **kwargs)
             self.image_processor.save_pretrained(temporary)
+            VocabularyExtension.from_image_tokenizer(self).save(temporary)
             written = {file.name for file in temporary.iterdir()}
             for name in sorted(written, key=lambda name: name == "config.json"):
                 os.replace(temporary / name, folder / name)

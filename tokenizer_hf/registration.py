@@ -15,7 +15,7 @@ from types import ModuleType
 
 
 class _Waiting(importlib.abc.MetaPathFinder):
-    """Finds nothing itself: lets the other finders find, and wraps the loader of awaited modules."""
+    """Finds nothing itself: the other finders find; it wraps the loader of awaited modules."""
 
     def __init__(self) -> None:
         self.callbacks: dict[str, list[Callable[[], None]]] = {}
@@ -44,7 +44,7 @@ _waiting = _Waiting()
 
 
 def after_import(module: str, callback: Callable[[], None]) -> None:
-    """Call ``callback`` once ``module`` is imported: now, if it is already, or right after its import.
+    """Call ``callback`` once ``module`` is imported: now, or right after its import.
 
     Args:
         module: the full name of a module, for example ``"transformers.models.auto.modeling_auto"``.

@@ -39,10 +39,9 @@ class VitDecoder(nn.Module):
         self.num_channels = num_channels
         self.patch_size = patch_size
         self.grid = grid
-        self.reads_codes = num_tokens > 0
         num_patches = grid[0] * grid[1]
         self.patch_positions = nn.Parameter(torch.empty(num_patches, width))
-        self.token_positions = nn.Parameter(torch.empty(num_tokens, width))
+        self.token_positions = nn.Parameter(torch.empty(num_tokens, width)) if num_tokens else None
         self.blocks = nn.Sequential(
             *(TransformerBlock(width, num_heads, mlp_ratio) for _ in range(num_layers))
         )
@@ -51,7 +50,7 @@ class VitDecoder(nn.Module):
         self.input_dim = width
 
     def forward(self, rows_BLC: Tensor) -> Tensor:
-        if self.reads_codes:
+        if self.token_positions is not None:
             tokens = rows_BLC + self.token_positions[: rows_BLC.shape[1]]
             queries = self.patch_positions.expand(len(tokens), -1, -1)
             rows = torch.cat([queries, tokens], dim=1)
