@@ -1,4 +1,4 @@
-"""Tiny real things for the tests: text tokenizers trained in-process, random LLMs, an image tokenizer.
+"""Tiny real things for the tests: text tokenizers, random LLMs, image tokenizers, merged folders.
 
 Nothing here is a mock: every object is what ``from_pretrained`` would give for a published model of
 its style, only small.
@@ -35,7 +35,8 @@ CHATML_TEMPLATE = (
 LLAMA3_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + "
     "'<|end_header_id|>\\n\\n' + message['content'] + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
 LLAMA2_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + "
@@ -66,7 +67,7 @@ def corpus() -> tuple[str, ...]:
                 (
                     f"A {size} {one} {first} is {side} a {two} {second}.",
                     f"What is {side} the {one} {first}? It's a {two} {second}!",
-                    f"Draw: {rng.randint(1, 3)} {one} {first}s on a {two} background, size {rng.randint(0, 99)}",
+                    f"Draw: {rng.randint(1, 3)} {one} {first}s on {two}, size {rng.randint(0, 99)}",
                     f"Describe the picture.\nThere is a {size} {one} {first}, naïve café – ok?",
                 )
             )
@@ -99,7 +100,7 @@ def qwen_tokenizer() -> Any:
 
 
 def llama3_tokenizer() -> Any:
-    """Llama-3 style: byte-level BPE with ``ignore_merges``, header specials, a bos put before every text."""
+    """Llama-3 style: byte-level BPE with ``ignore_merges``, header specials, bos before a text."""
     backend = _byte_bpe(LLAMA3_PATTERN, 380, ignore_merges=True)
     specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
     specials += ["<|eot_id|>", *(f"<|reserved_special_token_{i}|>" for i in range(4))]
@@ -125,7 +126,7 @@ def llama3_tokenizer() -> Any:
 
 
 def llama2_tokenizer() -> Any:
-    """Llama-2 style: a SentencePiece BPE with byte fallback, loaded as transformers loads its .model."""
+    """Llama-2 style: SentencePiece BPE with byte fallback, as transformers loads its .model."""
     import tempfile
 
     from transformers import LlamaTokenizer

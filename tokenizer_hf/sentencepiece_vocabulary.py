@@ -34,8 +34,8 @@ def extend_sentencepiece(
         model_path: the ``.model`` file; it is not changed.
         extension: the new words.
         out_path: the ``.model`` file to write.
-        piece_type: ``"control"``: no text becomes an image id. ``"user_defined"``: the spelling of a
-            word in a text becomes its id, so :func:`neutralise` what a user writes.
+        piece_type: ``"control"``: no text becomes an image id. ``"user_defined"``: the spelling of
+            a word in a text becomes its id, so :func:`neutralise` what a user writes.
 
     Returns:
         The vocabulary bound to the new pieces' ids.
@@ -83,7 +83,7 @@ def extend_sentencepiece_like(
 def train_sentencepiece(
     texts: Iterable[str], out_folder: str | Path, vocab_size: int = 1024, max_piece_length: int = 24
 ) -> Path:
-    """Train a small text tokenizer, and write it as a folder that transformers loads without our code.
+    """Train a small text tokenizer; write it as a folder that transformers loads without our code.
 
     A SentencePiece BPE with byte fallback: frequent words become one piece with the blank before
     them, anything else falls into shorter pieces and at last into bytes, so that every text comes
@@ -203,8 +203,8 @@ def _append(proto: Any, strings: list[str], kind: int) -> None:
     known = {piece.piece for piece in proto.pieces}
     if taken := [string for string in strings if string in known]:
         raise VocabularyError(
-            f"the SentencePiece model already has {len(taken)} of the new words, {taken[0]!r} first; "
-            "extend the model of a tokenizer that was not extended before"
+            f"the SentencePiece model already has {len(taken)} of the new words, {taken[0]!r} "
+            "first; extend the model of a tokenizer that was not extended before"
         )
     for string in strings:
         proto.pieces.add(piece=string, score=0.0, type=kind)
@@ -228,7 +228,7 @@ def _read(path: Path) -> Any:
 def _parse(serialized: bytes) -> Any:
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(serialized)
     return proto
 

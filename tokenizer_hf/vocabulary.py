@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Self
 
 import numpy as np
 
@@ -36,17 +36,17 @@ BREAKER = "\u200b"  # ZERO WIDTH SPACE: invisible, and no tokenizer's control st
 class VocabularyExtension:
     """The words that an image tokenizer adds to a text vocabulary.
 
-    New ids, in this order: start of image, end of image, codes of codebook 0, codes of codebook 1, ...
+    The new ids, in order: start of image, end of image, codes of codebook 0, of codebook 1, ...
     """
 
     codebook_size: int
     """K, the number of codes of each codebook."""
     num_codebooks: int = 1
-    """G, codes at each position. G > 1 is flattened, position by position, over G disjoint ranges."""
+    """G, codes at each position; flattened, position by position, over G disjoint id ranges."""
     num_tokens: int
     """Most positions of one picture."""
     min_tokens: int
-    """Fewest positions of one picture; equal to ``num_tokens`` where the tokenizer is not nested."""
+    """Fewest positions of one picture; ``num_tokens`` where the tokenizer is not nested."""
     nested: bool = False
     """True where any prefix of at least ``min_tokens`` positions decodes."""
     fingerprint: str
@@ -64,11 +64,13 @@ class VocabularyExtension:
             object.__setattr__(self, "code_format", single if self.num_codebooks == 1 else several)
         if self.codebook_size < 1 or self.num_codebooks < 1:
             raise VocabularyError(
-                f"{self.num_codebooks} codebooks of {self.codebook_size} codes; expected at least 1 of each"
+                f"{self.num_codebooks} codebooks of {self.codebook_size} codes; expected at least "
+                "1 of each"
             )
         if not 1 <= self.min_tokens <= self.num_tokens:
             raise VocabularyError(
-                f"min_tokens={self.min_tokens}, num_tokens={self.num_tokens}; expected 1 <= min_tokens <= num_tokens"
+                f"min_tokens={self.min_tokens}, num_tokens={self.num_tokens}; "
+                "expected 1 <= min_tokens <= num_tokens"
             )
 
     @classmethod
@@ -139,14 +141,19 @@ class VocabularyExtension:
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Any:
+    def from_dict(cls, values: dict[str, Any]) -> Self:
         """The inverse of ``to_dict``.
 
         Raises:
             VocabularyError: a field is missing or unknown.
         """
+        if not isinstance(values, dict):
+            raise VocabularyError(
+                f"a {type(values).__name__}; expected the fields of {cls.__name__}"
+            )
+        own: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         try:
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            return cls(**own)
         except TypeError as error:
             expected = ", ".join(field.name for field in fields(cls))
             raise VocabularyError(
@@ -161,7 +168,7 @@ class VocabularyExtension:
         return path
 
     @classmethod
-    def load(cls, folder: str | Path) -> Any:
+    def load(cls, folder: str | Path) -> Self:
         """Read ``vocabulary_extension.json`` from ``folder``.
 
         Raises:
@@ -204,8 +211,9 @@ class ImageVocabulary(VocabularyExtension):
             raise VocabularyError(f"offsets {self.offsets}; expected one per codebook: {expected}")
         if not self.code_token_ids.stop <= self.vocab_size <= self.rows:
             raise VocabularyError(
-                f"the last code has id {self.code_token_ids.stop - 1}, but {self.vocab_size} ids are in use "
-                f"and the embedding has {self.rows} rows; expected ids < vocab_size <= rows"
+                f"the last code has id {self.code_token_ids.stop - 1}, "
+                f"{self.vocab_size} ids are in use and the embedding has {self.rows} rows; "
+                "expected ids < vocab_size <= rows"
             )
         for name in ("start_token_id", "end_token_id"):
             if getattr(self, name) in self.code_token_ids:
@@ -230,21 +238,23 @@ class ImageVocabulary(VocabularyExtension):
         """Map codes to token ids.
 
         Args:
-            codes: integers in ``[0, codebook_size)``; a torch tensor, numpy array or (nested) list of
-                shape ``(..., L)``, or ``(..., L, G)`` where there are several codebooks.
+            codes: integers in ``[0, codebook_size)``; a torch tensor, numpy array or (nested) list
+                of shape ``(..., L)``, or ``(..., L, G)`` where there are several codebooks.
 
         Returns:
             int64 ids of shape ``(..., L)`` or ``(..., L * G)`` (position by position), in the same
             kind of container.
 
         Raises:
-            VocabularyError: a code lies outside the codebook, is no integer, or the last axis is not G.
+            VocabularyError: a code lies outside the codebook or is no integer; the last axis is
+                not G.
         """
         array = _integers(codes, "codes")
         G = self.num_codebooks
         if G > 1 and (array.ndim < 2 or array.shape[-1] != G):
             raise VocabularyError(
-                f"codes of shape {tuple(array.shape)}; expected (..., length, {G}) for {G} codebooks"
+                f"codes of shape {tuple(array.shape)}; "
+                f"expected (..., length, {G}) for {G} codebooks"
             )
         _require_between(
             array, 0, self.codebook_size, "code", "use the tokenizer that made the codes"
@@ -258,15 +268,15 @@ class ImageVocabulary(VocabularyExtension):
         """Map token ids back to codes: the inverse of :meth:`to_token_ids`.
 
         Args:
-            token_ids: integers ``(..., L)`` or, with several codebooks, ``(..., L * G)``; no start or
-                end ids. A torch tensor, numpy array or (nested) list.
+            token_ids: integers ``(..., L)`` or, with several codebooks, ``(..., L * G)``; no start
+                or end ids. A torch tensor, numpy array or (nested) list.
 
         Returns:
             int64 codes ``(..., L)`` or ``(..., L, G)`` in the same kind of container.
 
         Raises:
-            VocabularyError: an id is not a code of the codebook that belongs at its position, or the
-                length is no multiple of G.
+            VocabularyError: an id is not a code of the codebook that belongs at its position, or
+                the length is no multiple of G.
         """
         array = _integers(token_ids, "token ids")
         G = self.num_codebooks
@@ -276,7 +286,8 @@ class ImageVocabulary(VocabularyExtension):
             return _like(array - first, token_ids)
         if array.ndim < 1 or array.shape[-1] % G:
             raise VocabularyError(
-                f"{array.shape[-1] if array.ndim else 1} image ids; expected a multiple of the {G} codebooks"
+                f"{array.shape[-1] if array.ndim else 1} image ids; expected a multiple of the "
+                f"{G} codebooks"
             )
         array = array.reshape(*array.shape[:-1], array.shape[-1] // G, G)
         codes = array - _row(self.offsets, array)
@@ -362,7 +373,7 @@ def _require_between(array: Any, first: int, stop: int, what: str, remedy: str) 
 
 
 def extend_tokenizer(
-    tokenizer: Any, extension: VocabularyExtension, mode: Literal["added", "base"] = "added"
+    tokenizer: Any, extension: VocabularyExtension, mode: str = "added"
 ) -> tuple[Any, ImageVocabulary]:
     """A copy of a fast text tokenizer that also knows the image words.
 
@@ -371,10 +382,11 @@ def extend_tokenizer(
     Args:
         tokenizer: a transformers tokenizer with a ``tokenizers`` backend; it is not changed.
         extension: the new words.
-        mode: ``"added"`` makes every word an added special token: its spelling in a text becomes its
-            id (so :func:`neutralise` what a user writes), and loading takes about 0.1 ms a word.
-            ``"base"`` writes the codes into the BPE vocabulary without merges: no text can reach
-            them, and 64k codes load as fast as none. Start and end are added special tokens in both.
+        mode: ``"added"`` makes every word an added special token: its spelling in a text becomes
+            its id (so :func:`neutralise` what a user writes), and loading takes about 0.1 ms a
+            word. ``"base"`` writes the codes into the BPE vocabulary without merges: no text can
+            reach them, and 64k codes load as fast as none. Start and end are added special tokens
+            in both.
 
     Returns:
         The extended tokenizer and the vocabulary bound to its ids.
@@ -389,7 +401,8 @@ def extend_tokenizer(
         raise VocabularyError(f"vocabulary mode {mode!r}; expected one of {', '.join(VOCAB_MODES)}")
     if not getattr(tokenizer, "is_fast", False):
         raise VocabularyError(
-            f"{type(tokenizer).__name__} has no `tokenizers` backend; convert it to a tokenizer.json first"
+            f"{type(tokenizer).__name__} has no `tokenizers` backend; convert it to a "
+            "tokenizer.json first"
         )
     old = tokenizer.get_vocab()
     taken = [string for string in extension.strings() if string in old]
@@ -409,8 +422,8 @@ def extend_tokenizer(
     ids = extended.convert_tokens_to_ids(strings)
     if ids != list(range(first_id, vocabulary.vocab_size)):
         raise VocabularyError(
-            f"the tokenizer gave {strings[0]!r} the id {ids[0]}; expected {first_id}, the first free one. "
-            'Its ids have holes: use the vocabulary mode "base"'
+            f"the tokenizer gave {strings[0]!r} the id {ids[0]}; expected {first_id}, the first "
+            'free one. Its ids have holes: use the vocabulary mode "base"'
         )
     if mode == "base":
         _require_unreachable(extended, vocabulary)
@@ -425,18 +438,18 @@ def _add_words(tokenizer: Any, vocabulary: ImageVocabulary) -> None:
 
 
 def _write_words_into_bpe(tokenizer: Any, vocabulary: ImageVocabulary) -> None:
-    """Edit the serialised backend: codes into ``model.vocab``, start and end into ``added_tokens`` too.
+    """Write the codes into ``model.vocab`` of the serialised backend; start and end are added too.
 
-    Loading numbers added tokens from the size of ``model.vocab``, unless ``model.vocab`` holds them;
-    so that their ids stay, the tokens that were added before are written into it as well.
+    Loading numbers added tokens from the size of ``model.vocab``, unless ``model.vocab`` holds
+    them; so that their ids stay, the tokens that were added before are written into it as well.
     """
     from tokenizers import Tokenizer
 
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     if spec["model"]["type"] != "BPE":
         raise VocabularyError(
-            f'the text tokenizer is a {spec["model"]["type"]} model; the vocabulary mode "base" needs BPE. '
-            'Use "added"'
+            f'the text tokenizer is a {spec["model"]["type"]} model; the vocabulary mode "base" '
+            'needs BPE. Use "added"'
         )
     words = spec["model"]["vocab"]
     for token in spec["added_tokens"]:
@@ -460,8 +473,8 @@ def _require_unreachable(tokenizer: Any, vocabulary: ImageVocabulary) -> None:
     for text, encoding in zip(texts, tokenizer.backend_tokenizer.encode_batch(texts), strict=True):
         if np.any(vocabulary.is_code(np.asarray(encoding.ids, np.int64))):
             raise VocabularyError(
-                f"this tokenizer turns the plain text {text[:40]!r} into an image id although the word has "
-                'no merges; use the vocabulary mode "added"'
+                f"this tokenizer turns the plain text {text[:40]!r} into an image id although the "
+                'word has no merges; use the vocabulary mode "added"'
             )
 
 
@@ -469,7 +482,7 @@ def _require_unreachable(tokenizer: Any, vocabulary: ImageVocabulary) -> None:
 
 
 def control_strings(tokenizer: Any, extension: VocabularyExtension) -> frozenset[str]:
-    """Every string that may not come from a user: special tokens of the tokenizer, and image words."""
+    """Every string that may not come from a user: the special tokens and the image words."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return frozenset(special | set(tokenizer.all_special_tokens) | set(extension.strings()))
 
@@ -477,7 +490,8 @@ def control_strings(tokenizer: Any, extension: VocabularyExtension) -> frozenset
 def neutralise(text: str, strings: Iterable[str]) -> str:
     """Break every occurrence of a control string, so that it is read as plain text.
 
-    A ZERO WIDTH SPACE (U+200B) is put after the first character of each occurrence, overlapping ones
+    A ZERO WIDTH SPACE (U+200B) is put after the first character of each occurrence, overlapping
+    ones
     included: people see the same text, a tokenizer does not see its special token. A control string
     of one character cannot be broken and is replaced by U+FFFD.
 

@@ -1,8 +1,8 @@
 """Merge: a text LLM + an image tokenizer -> one folder that is still a plain causal LM.
 
-Weights are streamed: every tensor is copied as it is, except the embedding and the output head, which
-get rows for the image words. Nothing of the base model is run, and nothing about its text changes:
-ids, rows and logits of text stay what they were.
+Weights are streamed: every tensor is copied as it is, except the embedding and the output head,
+which get rows for the image words. Nothing of the base model is run, and nothing about its text
+changes: ids, rows and logits of text stay what they were.
 """
 
 import copy
@@ -86,8 +86,8 @@ def merge(
         )
     if (row_init == "meaning") != (pairs is not None):
         raise ConfigurationError(
-            f"row_init {row_init!r} with pairs={pairs}; expected a code cache as pairs exactly where "
-            'row_init is "meaning"'
+            f"row_init {row_init!r} with pairs={pairs}; expected a code cache as pairs exactly "
+            'where row_init is "meaning"'
         )
     torch_dtype = _torch_dtype(dtype)
     out = Path(out)
@@ -99,7 +99,7 @@ def merge(
     model = ImageTokenizer.from_pretrained(picture_folder).eval()
     extension = VocabularyExtension.from_image_tokenizer(model)
     text_tokenizer = _text_tokenizer(base)
-    tokenizer, vocabulary = extend_tokenizer(text_tokenizer, extension, vocab_mode)  # type: ignore[arg-type]
+    tokenizer, vocabulary = extend_tokenizer(text_tokenizer, extension, vocab_mode)
     vocabulary = _with_rows(vocabulary, config.vocab_size, pad_to)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
@@ -157,7 +157,8 @@ def find_folder(name: str | Path) -> Path:
         raise CheckpointError(f"{path} is a file; expected the folder of a model")
     if not _HUB_ID.fullmatch(str(name)):
         raise CheckpointError(
-            f"there is no folder {name}; expected a model folder or a hub id such as Qwen/Qwen3-0.6B"
+            f"there is no folder {name}; expected a model folder or a hub id such as "
+            "Qwen/Qwen3-0.6B"
         )
     from huggingface_hub import snapshot_download
 
@@ -243,7 +244,7 @@ def _require_free(out: Path, sources: tuple[Path, ...]) -> None:
 
 
 def _with_rows(vocabulary: ImageVocabulary, base_rows: int, pad_to: int) -> ImageVocabulary:
-    """The vocabulary with as many rows as the merged embedding gets: never fewer than the base's."""
+    """The vocabulary with the rows of the merged embedding: never fewer than the base's."""
     if pad_to < 1:
         raise ConfigurationError(f"pad_to is {pad_to}; expected at least 1")
     if vocabulary.start_token_id > base_rows:
@@ -335,7 +336,7 @@ def _write_generation_config(base: Path, folder: Path, config: Any) -> None:
 def _write_sentencepiece(
     base: Path, folder: Path, tokenizer: Any, vocabulary: ImageVocabulary
 ) -> None:
-    """``tokenizer.json`` is what counts; a ``tokenizer.model`` beside it is kept in step, or left out."""
+    """A ``tokenizer.model`` beside the ``tokenizer.json`` is kept in step with it, or left out."""
     target = folder / "tokenizer.model"
     target.unlink(missing_ok=True)
     if (base / "tokenizer.model").is_file():
@@ -343,7 +344,7 @@ def _write_sentencepiece(
 
 
 def _require_same_ids(folder: Path, text_tokenizer: Any, vocabulary: ImageVocabulary) -> None:
-    """Read the tokenizer back from disk: text must have its old ids, and each image word its own."""
+    """Read the tokenizer back: text must have its old ids, and each image word its own."""
     written = _text_tokenizer(folder)
     probe = 'A red circle, 123 – naïve café?\n\n  {"x": [1, 2]}  日本 🙂 \t<end>'
     strings = vocabulary.strings()
@@ -352,8 +353,8 @@ def _require_same_ids(folder: Path, text_tokenizer: Any, vocabulary: ImageVocabu
     if not (same_text and same_words):
         what = "text" if not same_text else "the image words"
         raise VocabularyError(
-            f"{type(written).__name__} gives {what} other ids after it is saved and loaded; expected "
-            "the same. Use the other vocab_mode"
+            f"{type(written).__name__} gives {what} other ids after it is saved and loaded; "
+            "expected the same. Use the other vocab_mode"
         )
 
 

@@ -49,10 +49,10 @@ def add_remote_code(folder: str | Path) -> None:
 
 
 def add_image_tokenizer_code(folder: str | Path) -> None:
-    """The same for the folder of an image tokenizer alone: AutoConfig, AutoModel, AutoImageProcessor.
+    """The same for an image tokenizer's folder: AutoConfig, AutoModel, AutoImageProcessor.
 
-    ``AutoModel`` with ``subfolder=`` looks for code in the root of a repository; give it the path of
-    the folder itself.
+    ``AutoModel`` with ``subfolder=`` looks for code in the root of a repository; give it the path
+    of the folder itself.
     """
     folder = Path(folder)
     copy_sources("tokenizer_hf.modeling_image_tokenizer", folder)
@@ -67,8 +67,8 @@ def copy_sources(entry: str, folder: Path) -> list[str]:
         The names of the files.
 
     Raises:
-        ConfigurationError: an import that the rewriting does not understand, or two modules with the
-            same flat name. Both are mistakes in our own source.
+        ConfigurationError: an import that the rewriting does not understand, or two modules with
+            the same flat name. Both are mistakes in our own source.
     """
     sources: dict[str, str] = {}
     origin: dict[str, str] = {}

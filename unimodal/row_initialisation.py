@@ -5,7 +5,8 @@ of the text rows (``mean_cov``). ``codebook`` also puts similar codes close to e
 ``meaning`` puts a code close to the words of the captions that it occurs with. The same method is
 applied to the input embeddings and to the output head, each with its own statistics.
 
-Legend: V text rows, N new rows, K codes over all codebooks, D width of the model, C of a code vector.
+Legend: V text rows, N new rows, K codes over all codebooks, D width of the model, C of the code
+vectors.
 """
 
 import json
@@ -78,8 +79,8 @@ def new_rows(
     Raises:
         ConfigurationError: an unknown method, or one without what it needs.
 
-    Source: mean and covariance: J. Hewitt, "Initializing New Word Embeddings for Pretrained Language
-        Models" (2021); as written there, without the down-scaling of transformers'
+    Source: mean and covariance: J. Hewitt, "Initializing New Word Embeddings for Pretrained
+        Language Models" (2021); as written there, without the down-scaling of transformers'
         ``mean_resizing``. The rest is ours.
     """
     if method not in ROW_INITS:
@@ -139,9 +140,9 @@ def _meaning(evidence: Any, text_rows_VD: Tensor, mean: Tensor) -> tuple[Tensor,
 def caption_evidence(pairs: str | Path, tokenizer: Any, vocabulary: ImageVocabulary) -> Any:
     """How strongly each code speaks for each text token, over captioned pictures.
 
-    The weight is positive pointwise mutual information between "the picture has the code" and "one of
-    its captions has the token", damped by counts / (counts + 1), so that one chance meeting weighs
-    little. Words that stand in every caption have no information and drop out.
+    The weight is positive pointwise mutual information between "the picture has the code" and "one
+    of its captions has the token", damped by counts / (counts + 1), so that one chance meeting
+    weighs little. Words that stand in every caption have no information and drop out.
 
     Args:
         pairs: a code cache folder: Parquet shards with columns ``codes`` and ``captions``, and
@@ -190,8 +191,8 @@ def _read_pairs(folder: Path, vocabulary: ImageVocabulary) -> list[tuple[Any, li
     made_by = json.loads(manifest.read_text(encoding="utf-8")).get("fingerprint")
     if made_by != vocabulary.fingerprint:
         raise MismatchError(
-            f"the codes in {folder} were made by the image tokenizer {str(made_by)[:12]}, this one is "
-            f"{vocabulary.fingerprint[:12]}; encode the pictures again with this one"
+            f"the codes in {folder} were made by the image tokenizer {str(made_by)[:12]}, this "
+            f"one is {vocabulary.fingerprint[:12]}; encode the pictures again with this one"
         )
     G, K = vocabulary.num_codebooks, vocabulary.codebook_size
     book = np.arange(G) * K

@@ -1,4 +1,4 @@
-"""Read and rewrite safetensors files one tensor at a time, so that size on disk is no size in memory.
+"""Read and rewrite safetensors files one tensor at a time: size on disk is no size in memory.
 
 A safetensors file is an 8-byte little-endian header length, a JSON header (name -> dtype, shape,
 byte offsets) and the raw values. Copying a tensor is copying bytes; only tensors that get new rows,
@@ -98,8 +98,8 @@ def shard_files(folder: Path) -> list[Path]:
     pickles = sorted(file.name for file in (*folder.glob("*.bin"), *folder.glob("*.pt")))
     if pickles:
         raise CheckpointError(
-            f"{folder} has only pickled weights ({pickles[0]}), which can run code when opened; expected "
-            "safetensors. Convert it where you trust it: load with transformers, then save_pretrained"
+            f"{folder} has only pickled weights ({pickles[0]}), which can run code when opened; "
+            "expected safetensors. If you trust them, load with transformers and save_pretrained"
         )
     raise CheckpointError(
         f"{folder} has no {SINGLE_FILE} and no {INDEX_FILE}; expected model weights"
@@ -134,7 +134,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         return found
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{file} is corrupt or truncated ({error}); expected safetensors. Download or save it again"
+            f"{file} is corrupt or truncated ({error}); expected safetensors. Get it again"
         ) from error
 
 
@@ -146,8 +146,8 @@ def rewrite(
 ) -> None:
     """Copy weight files into the folder ``out``, giving some tensors new rows.
 
-    The same shards under the same names, and an index if there are several. At most one tensor is in
-    memory at a time.
+    The same shards under the same names, and an index if there are several. At most one tensor is
+    in memory at a time.
 
     Args:
         files: the shards, from :func:`shard_files`.
@@ -213,7 +213,7 @@ def _write_changed(
 
 def _write_values(stream: BinaryIO, values: Tensor) -> None:
     if values.numel():
-        stream.write(memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        stream.write(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _copy_bytes(stream: BinaryIO, tensor: StoredTensor) -> None:
