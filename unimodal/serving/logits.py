@@ -1,0 +1,371 @@
+"""The logits processor inside vLLM's engine: legal ids for every row, and the draw of image codes.
+
+vLLM 0.32 has two model runners with two logits-processor interfaces, and each refuses a class of
+the other. :class:`ImageLogitsProcessor` is both. The runner of CPUs (and of GPUs with
+``VLLM_USE_V2_MODEL_RUNNER=0``) calls ``update_state`` and ``apply(logits)``, the newer GPU runner
+calls ``add_request`` and ``apply(logits, context)``; both end in the same few lines.
+
+A request says what it is in ``SamplingParams.extra_args["unimodal"]``, a :class:`Segment` as a
+dictionary. HTTP clients cannot set it: ``vllm_xargs`` takes numbers and strings only. A request
+without one is text: it can write no image id and no padded id, whatever endpoint it came by.
+
+Image codes are drawn here, by the functions that the transformers backend draws with, and the id is
+the only one left in the row when vLLM's own (greedy) sampler looks at it. So a seed gives the same
+picture in both backends, as far as their logits agree.
+
+Guidance. The conditional and the unconditional prompt are two requests with the same pair id. Where
+both stand at the same code in the same step, their logits are mixed over the image ids and one id
+is drawn for both. A row that stands alone is made to stop with ``<|image_start|>``, which no span
+can hold; serving/segments.py then resumes both requests behind the last code that they agree on.
+So every code that both kept came from a mixed pair.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import cached_file
+
+from tokenizer_hf.errors import ConfigurationError
+from tokenizer_hf.vocabulary import ImageVocabulary
+from unimodal.generation.grammar import ImageSpanGrammar, SpanState
+from unimodal.generation.guidance import mix_logits
+from unimodal.generation.logits_processor import draw, legal_columns, legal_ids
+from unimodal.serving.vllm_private import (
+    BatchUpdate,
+    LogitsContext,
+    LogitsProcessorV1,
+    LogitsProcessorV2,
+    LogitsProcRequestState,
+    MoveDirectionality,
+)
+
+EXTRA_ARGS_KEY = "unimodal"
+CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"
+_ROOM = 1 << 30  # an image segment always has room: the front end checked the context length
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """One image, or the rest of one.
+
+    The request's prompt ends in ``<|image_start|>`` and the ids of the codes that are done.
+    """
+
+    min_codes: int
+    max_codes: int
+    """Both counted as ``ImageTokenizer.num_tokens`` counts."""
+    temperature: float
+    """0 takes the likeliest code."""
+    top_k: int
+    """0 for no limit."""
+    seed: int
+    done: int = 0
+    """Code ids of this image that the prompt already holds."""
+    guidance: float = 1.0
+    """Used where ``pair`` is given."""
+    pair: str | None = None
+    """The same string for both requests of a guided drawing, and for no third."""
+    role: str = CONDITIONAL
+    """Which of the pair this is: "conditional" or "unconditional"."""
+
+    def __post_init__(self) -> None:
+        numbers = (self.min_codes, self.max_codes, self.top_k, self.seed, self.done)
+        right = (
+            all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+            and 1 <= self.min_codes <= self.max_codes
+            and all(_is_finite(number) for number in (self.temperature, self.guidance))
+            and (self.pair is None or isinstance(self.pair, str))
+            and self.role in (CONDITIONAL, UNCONDITIONAL)
+        )
+        if not right:
+            raise ConfigurationError(f"{asdict(self)} is no image segment")
+
+    def to_extra_args(self) -> dict[str, Any]:
+        """Return the dictionary for ``SamplingParams.extra_args``."""
+        return {EXTRA_ARGS_KEY: asdict(self)}
+
+    @classmethod
+    def from_extra_args(cls, extra_args: dict[str, Any] | None) -> "Segment | None":
+        """The inverse of :meth:`to_extra_args`; None where the request is text.
+
+        Raises:
+            ConfigurationError: the entry is there, but is not what :meth:`to_extra_args` writes.
+        """
+        values = (extra_args or {}).get(EXTRA_ARGS_KEY)
+        if values is None:
+            return None
+        try:
+            return cls(**values)
+        except (TypeError, ConfigurationError) as error:
+            raise ConfigurationError(
+                f"{EXTRA_ARGS_KEY!r} in the extra arguments is {values!r:.200}, expected an image "
+                "segment; ask for images by /v1/chat/completions or /v1/images/generations"
+            ) from error
+
+
+def _is_finite(number: Any) -> bool:
+    return type(number) in (int, float) and 0 <= number < float("inf")
+
+
+def load_vocabulary(model: str, revision: str | None = None) -> ImageVocabulary:
+    """Read the image vocabulary of a merged model, a folder or a hub id, and nothing else.
+
+    Raises:
+        ConfigurationError: there is no processor_config.json with an image vocabulary.
+    """
+    local = Path(model, "processor_config.json")
+    path = str(local) if local.is_file() else None
+    if path is None and not Path(model).is_dir():
+        path = cached_file(
+            model, local.name, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
+    values = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    if not values.get("image_vocabulary"):
+        raise ConfigurationError(
+            f"{model} has no image vocabulary in a processor_config.json, expected a folder made "
+            "by `unimodal merge`"
+        )
+    return ImageVocabulary.from_dict(values["image_vocabulary"])
+
+
+class _Drawing:
+    """An image segment in the engine's batch."""
+
+    def __init__(self, segment: Segment, grammar: ImageSpanGrammar, outputs: Sequence[int]) -> None:
+        self.segment = segment
+        self.grammar = grammar
+        self.outputs = outputs
+        """The request's growing list of output ids (V1; V2 counts by sequence lengths)."""
+        # As unimodal.generation.sampling draws: number 0 belongs to <|image_start|>, code p takes
+        # number p + 1. p is counted from the image's start, so a restart changes no draw.
+        generator = torch.Generator().manual_seed(segment.seed)
+        count = grammar.max_span_ids
+        self._uniforms = torch.rand(count, dtype=torch.float64, generator=generator).tolist()
+
+    def uniform(self, position: int) -> float:
+        """The random number in [0, 1) that draws the code behind ``position`` code ids."""
+        # With asynchronous scheduling a finished request can be in one more batch.
+        return self._uniforms[min(position + 1, len(self._uniforms) - 1)]
+
+    def ranges(self, position: int) -> Ranges:
+        """The ids that are legal behind ``position`` code ids."""
+        return self.grammar.allowed(SpanState(position, 1), _ROOM).ranges
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of this step's batch that draws."""
+
+    index: int
+    drawing: _Drawing
+    position: int
+    """Code ids of the image so far, those in the prompt included."""
+
+
+class ImageLogitsProcessor(LogitsProcessorV2, LogitsProcessorV1):
+    """vLLM logits processor of both interfaces; see the module's docstring.
+
+    Args:
+        vllm_config: vLLM's configuration; gives the model folder.
+        device_or_states: the device (V1 runner) or the request states (V2 runner).
+        is_pin_memory: V1 only, not used.
+
+    Raises:
+        ConfigurationError: not a merged model, or speculative decoding is on (its rows are not
+            requests, so neither spans nor pairs could be followed).
+    """
+
+    def __init__(
+        self,
+        vllm_config: Any,
+        device_or_states: "torch.device | LogitsProcRequestState",
+        is_pin_memory: bool = False,
+    ) -> None:
+        if getattr(vllm_config, "speculative_config", None) is not None:
+            raise ConfigurationError(
+                "speculative decoding is on, expected it off: leave out --speculative-config"
+            )
+        config = vllm_config.model_config
+        self.vocabulary = load_vocabulary(config.model, getattr(config, "revision", None))
+        self._text = (
+            ImageSpanGrammar(self.vocabulary, mode="text").allowed(SpanState(), _ROOM).ranges
+        )
+        self._drawings: dict[int, _Drawing] = {}
+        """By batch row (V1) or by request slot (V2)."""
+        self._states = None if isinstance(device_or_states, torch.device) else device_or_states
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        """Refuse a request whose extra arguments are not a segment (vLLM answers 400)."""
+        Segment.from_extra_args(sampling_params.extra_args)
+
+    # --- the interface of the V1 runner -----------------------------------------------------------
+
+    def is_argmax_invariant(self) -> bool:
+        """False: the likeliest id may be an illegal one."""
+        return False
+
+    def update_state(self, batch_update: "BatchUpdate | None") -> None:
+        """Follow the rows: removed, then added, then moved, as vLLM prescribes."""
+        if batch_update is None:
+            return
+        for index in batch_update.removed:
+            self._drawings.pop(index, None)
+        for index, params, _prompt_ids, output_ids in batch_update.added:
+            self._put(index, self._drawing(params, output_ids))
+        for source, target, direction in batch_update.moved:
+            moved, replaced = self._drawings.pop(source, None), self._drawings.pop(target, None)
+            self._put(target, moved)
+            self._put(source, replaced if direction == MoveDirectionality.SWAP else None)
+
+    # --- the interface of the V2 runner -----------------------------------------------------------
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        """Take a request into a slot, over whatever was there. Always True: text is masked too."""
+        self._put(req_idx, self._drawing(sampling_params, ()))
+        return True
+
+    # --- both -------------------------------------------------------------------------------------
+
+    def apply(self, logits: Tensor, ctx: "LogitsContext | None" = None) -> Tensor:
+        """Mask text rows and draw the codes of image rows, in place.
+
+        Args:
+            logits: float32 (rows, V), one row per request.
+            ctx: V2 only.
+        """
+        rows = self._rows_v1() if ctx is None else self._rows_v2(ctx)
+        drawing = {row.index for row in rows}
+        text = [index for index in range(logits.shape[0]) if index not in drawing]
+        _keep_only(logits, text, self._text)
+        if not rows:
+            return logits
+        singles, pairs, alone = _sort_out(rows)
+        groups: dict[tuple[Any, ...], list[tuple[_Row, _Row]]] = {}
+        for first, second in [*((row, row) for row in singles), *pairs]:
+            segment = first.drawing.segment
+            guided = first is not second
+            warp = (segment.temperature, segment.top_k, segment.guidance if guided else None)
+            key = (first.drawing.ranges(first.position), *warp)
+            groups.setdefault(key, []).append((first, second))
+        for (ranges, temperature, top_k, guidance), members in groups.items():
+            self._draw(logits, members, ranges, temperature, top_k, guidance)
+        start = torch.tensor(self.vocabulary.start_token_id, device=logits.device)
+        _keep_one(logits, [row.index for row in alone], start)
+        return logits
+
+    def _draw(
+        self,
+        logits: Tensor,
+        members: list[tuple[_Row, _Row]],
+        ranges: Ranges,
+        temperature: float,
+        top_k: int,
+        guidance: float | None,
+    ) -> None:
+        """Draw one id for each member and leave only it in the member's one or two rows."""
+        firsts = [first.index for first, _ in members]
+        seconds = [second.index for _, second in members]
+        columns = legal_columns(logits[firsts], ranges)
+        if guidance is not None:
+            columns = mix_logits(columns, legal_columns(logits[seconds], ranges), guidance)
+        uniforms = [first.drawing.uniform(first.position) for first, _ in members]
+        uniforms_B = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
+        picked = draw(columns, uniforms_B, temperature, top_k)
+        token_ids = legal_ids(ranges, logits.device)[picked]
+        for indices in (firsts, seconds):
+            _keep_one(logits, indices, token_ids)
+
+    def _put(self, index: int, drawing: _Drawing | None) -> None:
+        if drawing is None:
+            self._drawings.pop(index, None)
+        else:
+            self._drawings[index] = drawing
+
+    def _drawing(self, params: Any, outputs: Sequence[int]) -> _Drawing | None:
+        segment = Segment.from_extra_args(params.extra_args)
+        if segment is None:
+            return None
+        # /inference/v1/generate takes extra arguments as they come; no length may stop the engine.
+        least, most = self.vocabulary.min_tokens, self.vocabulary.num_tokens
+        max_codes = min(max(segment.max_codes, least), most)
+        grammar = _grammar(
+            self.vocabulary, min(max(segment.min_codes, least), max_codes), max_codes
+        )
+        return _Drawing(segment, grammar, outputs)
+
+    def _rows_v1(self) -> list[_Row]:
+        return [
+            _Row(index, drawing, drawing.segment.done + len(drawing.outputs))
+            for index, drawing in self._drawings.items()
+        ]
+
+    def _rows_v2(self, ctx: "LogitsContext") -> list[_Row]:
+        assert self._states is not None
+        prompt_lengths = self._states.prompt_len.np
+        rows = []
+        for index, slot in enumerate(ctx.idx_mapping_np.tolist()):
+            drawing = self._drawings.get(slot)
+            if drawing is not None:
+                written = int(ctx.seq_lens_upper_bound_np[index]) - int(prompt_lengths[slot])
+                # Negative while a long prompt is still being read; what is drawn is thrown away.
+                position = drawing.segment.done + written if written >= 0 else -1
+                rows.append(_Row(index, drawing, position))
+        return rows
+
+
+def _sort_out(rows: list[_Row]) -> tuple[list[_Row], list[tuple[_Row, _Row]], list[_Row]]:
+    """Return unguided rows, guided pairs (conditional first), and rows that stand alone."""
+    singles: list[_Row] = []
+    alone: list[_Row] = []
+    pairs: dict[str, dict[str, _Row]] = {}
+    for row in rows:
+        segment = row.drawing.segment
+        if row.position < 0:
+            alone.append(row)
+        elif segment.pair is None:
+            singles.append(row)
+        else:
+            pairs.setdefault(segment.pair, {})[segment.role] = row
+    complete: list[tuple[_Row, _Row]] = []
+    for pair in pairs.values():
+        first, second = pair.get(CONDITIONAL), pair.get(UNCONDITIONAL)
+        if first and second and first.position == second.position:
+            complete.append((first, second))
+        else:
+            alone.extend(pair.values())
+    return singles, complete, alone
+
+
+@lru_cache(maxsize=256)
+def _grammar(vocabulary: ImageVocabulary, min_codes: int, max_codes: int) -> ImageSpanGrammar:
+    return ImageSpanGrammar(vocabulary, min_codes, max_codes, mode="image")
+
+
+def _keep_only(logits: Tensor, indices: list[int], ranges: Ranges) -> None:
+    """Set every id outside ``ranges`` to -inf, in the rows ``indices``, in place."""
+    if not indices:
+        return
+    whole = len(indices) == logits.shape[0]
+    rows = slice(None) if whole else torch.tensor(indices, device=logits.device)
+    first = 0
+    for start, stop in (*ranges, (logits.shape[1], logits.shape[1])):
+        if first < start:
+            logits[rows, first:start] = float("-inf")
+        first = stop
+
+
+def _keep_one(logits: Tensor, indices: list[int], token_ids: Tensor) -> None:
+    """Leave one id in each of the rows ``indices``, in place."""
+    if indices:
+        rows = torch.tensor(indices, device=logits.device)
+        logits[rows] = float("-inf")
+        logits[rows, token_ids] = 0.0
