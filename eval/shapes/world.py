@@ -99,6 +99,8 @@ def write_world(
         raise ConfigurationError(
             f"n is {n} and captions_per_picture {captions_per_picture}; expected at least 1 and 2"
         )
+    if level not in ("board", "free"):
+        raise ConfigurationError(f"level is {level!r}; expected 'board' or 'free'")
     if validation is None:
         validation = min(1000, max(200, n // 20))
     manifest = WorldManifest(level, seed, n, validation, captions_per_picture)
