@@ -185,7 +185,7 @@ def merge_adapter(
 
 
 def copy_companions(base: Path, out: Path) -> None:
-    """Copy what belongs to a merged folder besides its weights: tokenizer, processor, image tokenizer."""
+    """Copy what a merged folder holds besides its weights: tokenizer, processor, pictures' side."""
     for file in base.iterdir():
         if file.is_dir() and file.name == "image_tokenizer":
             shutil.copytree(file, out / file.name, dirs_exist_ok=True)
@@ -198,7 +198,7 @@ def copy_companions(base: Path, out: Path) -> None:
 def _base_folder(adapter: Path, base: str | Path | None) -> Path:
     if not (adapter / "adapter_config.json").is_file():
         raise CheckpointError(
-            f"{adapter} is not an adapter folder (no adapter_config.json); give the output_dir of a "
+            f"{adapter} is no adapter (it has no adapter_config.json); give the output_dir of a "
             "finished `unimodal train` in mode lora or qlora"
         )
     try:

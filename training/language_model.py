@@ -26,8 +26,8 @@ def train(recipe: LanguageModelRecipe, *, resume: bool = True) -> Path:
     """Run a recipe to its end.
 
     In ``output_dir`` there are afterwards: the adapter (an ordinary PEFT folder), or in mode full a
-    merged model folder; ``recipe.yaml`` with every default resolved; ``run.json``; ``metrics.jsonl``
-    with the losses by direction; checkpoints; TensorBoard logs under ``runs/``.
+    merged model folder; ``recipe.yaml`` with every default resolved; ``run.json``;
+    ``metrics.jsonl`` with the losses by direction; checkpoints; TensorBoard logs under ``runs/``.
 
     Args:
         resume: go on from the last whole checkpoint in ``output_dir``, which gives exactly what an

@@ -25,8 +25,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Make the optimizer of a run.
 
-    Groups: rows (with ``rows_learning_rate``, never decayed), hidden 2-D weights (decayed; Muon's if
-    asked), everything else (norms, biases; never decayed).
+    Groups: rows (with ``rows_learning_rate``, never decayed), hidden 2-D weights (decayed; Muon's
+    if asked), everything else (norms, biases; never decayed).
 
     Args:
         is_row: tells by its name whether a parameter holds rows of the embedding or the head.

@@ -43,7 +43,7 @@ class DataRecipe:
     )
     """Share of the *loss tokens* of each direction. A direction without data is left out."""
     prompt_dropout: float = 0.1
-    """Share of drawing examples whose prompt is empty: what guidance takes as its unconditional side."""
+    """Share of drawing examples with an empty prompt: the unconditional side of guidance."""
     max_length: int = 1024
     """Tokens an example may have. Plain text is cut into pieces of this length; a longer picture
     or chat example is left out, counted and reported. The examples of one optimizer step are sorted
@@ -83,7 +83,7 @@ class OptimizerRecipe:
     """One optimizer, three groups of parameters, each with its learning rate."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """"muon": Muon for hidden 2-D weights (scaled to AdamW's step size), AdamW for everything else."""
+    """With "muon": Muon for hidden 2-D weights, scaled to AdamW's step size; AdamW for the rest."""
     learning_rate: float = 1e-3
     """The hidden weights; in modes lora and qlora the LoRA matrices."""
     rows_learning_rate: float | None = None
@@ -139,7 +139,8 @@ class LanguageModelRecipe:
     loss: LossRecipe = field(default_factory=LossRecipe)
     training: dict[str, Any] = field(default_factory=dict)
     """Passed on to transformers.TrainingArguments as it is: max_steps, per_device_train_batch_size,
-    gradient_accumulation_steps, lr_scheduler_type, warmup_steps, save_steps, logging_steps, seed, ..."""
+    gradient_accumulation_steps, lr_scheduler_type, warmup_steps, save_steps, logging_steps, seed,
+    ... max_steps is the only one that is needed."""
 
     def __post_init__(self) -> None:
         if self.mode == "full" and self.loss.text_kl:
@@ -269,7 +270,7 @@ def _build(kind: Any, content: Any, where: str) -> Any:
     ]
     if missing:
         raise ConfigurationError(
-            f"{where or 'the recipe'} lacks {', '.join(missing)}; add it to the YAML file or use --set"
+            f"{where or 'the recipe'} lacks {', '.join(missing)}; add it to the file or use --set"
         )
     return kind(**values)
 

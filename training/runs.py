@@ -89,7 +89,8 @@ def open_run(recipe: R, identity: Mapping[str, str], resume: bool) -> tuple[bool
     changed = [
         line for line in differences(wanted, run["recipe"]) if line.split(":")[0] not in FREE_FIELDS
     ]
-    changed += [f"{name} files have changed since" for name in identity if identity[name] != run["identity"].get(name)]  # fmt: skip
+    began = run["identity"]
+    changed += [f"the {n} files have changed" for n in identity if identity[n] != began.get(n)]
     if changed:
         raise ConfigurationError(
             f"{folder} holds the run of another recipe: {'; '.join(changed)}. Give another "

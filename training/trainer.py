@@ -77,7 +77,7 @@ def training_arguments(output_dir: str, bf16: bool, values: dict[str, Any]) -> T
             raise ConfigurationError(f"training.{name} is set by the recipe's field {field}")
     if not isinstance(values.get("max_steps"), int) or values["max_steps"] < 1:
         raise ConfigurationError(
-            f"training.max_steps must be a positive number of steps, got {values.get('max_steps')!r}"
+            f"training.max_steps must be a positive integer, got {values.get('max_steps')!r}"
         )
     try:
         return TrainingArguments(
@@ -117,9 +117,8 @@ class UnimodalTrainer(Trainer):
         optimizer: the recipe's optimizer part.
         loss: the recipe's loss part.
         is_row: tells by its name whether a parameter holds rows of the embedding or the head.
-        row_ids: ids of the new rows: with ``rows_first_steps`` in mode full, only these are trained.
+        row_ids: ids of the new rows; in mode full, ``rows_first_steps`` trains only these.
         text_ids: ids over which ``text_kl`` compares with the base.
-        save_extra: called with the folder of every checkpoint.
     """
 
     def __init__(
@@ -312,7 +311,7 @@ def labelled_positions(model: Any, learnt: Tensor) -> Iterator[None]:
 
 
 def last_whole_checkpoint(output_dir: str | Path) -> Path | None:
-    """Return the newest checkpoint with all its parts; half-written ones are named and passed over."""
+    """Return the newest checkpoint with all its parts; half-written ones are passed over."""
     found = []
     for folder in Path(output_dir).glob("checkpoint-*"):
         number = folder.name.removeprefix("checkpoint-")
@@ -380,7 +379,7 @@ class RowsFirst(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """On the first Ctrl-C the step is finished and a checkpoint written; on the second, nothing is."""
+    """The first Ctrl-C finishes the step and writes a checkpoint; the second stops at once."""
 
     def __init__(self) -> None:
         self.stopped = False

@@ -1,4 +1,4 @@
-"""A merged toy model, a picture folder with broken rows, and its code cache, shared by the tests."""
+"""A merged toy model, captioned pictures, their code cache and a text file, for all tests."""
 
 import json
 from pathlib import Path

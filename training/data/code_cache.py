@@ -335,13 +335,13 @@ def _resume_or_start(out: Path, source: Source, fingerprint: str) -> _Progress |
     content = json.loads((out / (MANIFEST if done else PROGRESS)).read_text(encoding="utf-8"))
     if content["fingerprint"] != fingerprint:
         raise MismatchError(
-            f"{out} holds a cache of the image tokenizer {content['fingerprint'][:16]}, but this one "
-            f"is {fingerprint[:16]}; give another --out, or delete {out}"
+            f"{out} holds a cache of the image tokenizer {content['fingerprint'][:16]}, but this "
+            f"one is {fingerprint[:16]}; give another --out, or delete {out}"
         )
     if content["source_signature"] != source.signature:
         raise MismatchError(
             f"{out} was {'built' if done else 'begun'} from other data ({content['source']}, "
-            f"{content['source_signature']!r:.200}), not {source.name} ({source.signature!r:.200}); "
+            f"{content['source_signature']!r:.99}), not {source.name} ({source.signature!r:.99}); "
             f"give another --out, or delete {out}"
         )
     return None if done else _Progress(**content)

@@ -62,8 +62,8 @@ class Mix:
         self.directions = [d for d in num_items if num_items[d] and weights.get(d, 0) > 0]
         if not self.directions:
             raise ConfigurationError(
-                f"nothing to train on: the data hold {dict(num_items)} examples and the weights are "
-                f"{dict(weights)}; give data.caches or data.text with a weight above 0"
+                f"nothing to train on: the data hold {dict(num_items)} examples and the weights "
+                f"are {dict(weights)}; give data.caches or data.text with a weight above 0"
             )
         self.num_items = {d: num_items[d] for d in self.directions}
         rates = np.array([weights[d] / loss_tokens[d] for d in self.directions])

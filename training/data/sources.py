@@ -50,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A row that could not be used: its position, its place (file and line or row) and the reason."""
+    """A row that could not be used: its position, its file and line or row, and the reason."""
 
     index: int
     where: str
@@ -126,7 +126,7 @@ def open_source(
     Args:
         name: a folder with ``metadata.jsonl`` (imagefolder), a ``.parquet`` file or a folder of
             them, a ``.jsonl`` file of chats, or else the id of a data set on the hub.
-        split: of a hub data set.
+        split: of a hub data set; a folder that has a sub-folder of this name is read there only.
         columns: our column name → the data set's, for example {"image": "jpg", "captions": "txt"}.
         need_text: whether a picture needs a caption or a question. False, for training an image
             tokenizer, also takes a plain folder of pictures.
@@ -135,6 +135,8 @@ def open_source(
         DataError: nothing readable there.
     """
     path = Path(name)
+    if (path / split).is_dir():
+        path = path / split
     if path.is_dir():
         if any(path.rglob("metadata.jsonl")):
             return ImageFolder(path, columns, need_text)
@@ -502,7 +504,7 @@ def _checked_part(part: Any, folder: Path | None) -> dict[str, Any]:
 
 
 def _numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, line) of the lines that are not blank; broken UTF-8 is kept visible."""
+    """Yield (line number from 1, line) of the lines that are not blank."""
     with open(file, encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
