@@ -4,7 +4,8 @@ A ``.model`` file is a protobuf; new words are pieces appended after the last on
 they have ids but no text can ever spell them; 64k of them load in hundredths of a second.
 """
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,7 +140,8 @@ def train_sentencepiece(
         )
     except RuntimeError as error:
         raise ConfigurationError(
-            f"vocab_size {vocab_size} does not suit {len(sentences)} texts: {str(error)[-200:]}"
+            f"vocab_size {vocab_size} does not suit these {len(sentences)} texts: "
+            f"{str(error).rpartition('] ')[2]}"
         ) from error
     proto = _parse(model.getvalue())
     out_folder = Path(out_folder)
@@ -147,6 +149,35 @@ def train_sentencepiece(
         _to_transformers(proto).save_pretrained(folder)
         (folder / "tokenizer.model").write_bytes(model.getvalue())
     return out_folder
+
+
+def read_texts(files: Iterable[str | Path]) -> Iterator[str]:
+    """The texts of ``.txt`` files (one a line) and ``.jsonl`` files (``text``, or ``messages``).
+
+    Raises:
+        DataError: a file that is missing or no UTF-8, or a line without text; with file and line.
+    """
+    for file in map(Path, files):
+        try:
+            lines = file.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file} cannot be read as text: {error}") from error
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            if file.suffix != ".jsonl":
+                yield line
+                continue
+            try:
+                row = json.loads(line)
+                given = [row["text"]] if "text" in row else [m["content"] for m in row["messages"]]
+                if not all(isinstance(text, str) for text in given):
+                    raise TypeError("content is no string")
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(
+                    f"{file} line {number}: {error!r}; expected JSON with a text or messages"
+                ) from error
+            yield from given
 
 
 def _to_transformers(proto: Any) -> Any:

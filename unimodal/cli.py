@@ -35,6 +35,153 @@ def _options(debug: Debug = False) -> None:
 
 # --- vocabulary and merge -------------------------------------------------------------------------
 
+
+@app.command()
+def export_vocabulary(
+    image_tokenizer: Annotated[
+        str, typer.Argument(metavar="DIR", help="An image tokenizer: a folder, or a hub id.")
+    ],
+    text_tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Also extend this text tokenizer: a folder, hub id or SentencePiece `.model`.",
+        ),
+    ] = None,
+    vocab_mode: Annotated[
+        str,
+        typer.Option(
+            help="`added`: codes are added special tokens. `base`: codes are written into the BPE "
+            "vocabulary; loads fast at 64k codes, and no text can spell one."
+        ),
+    ] = "added",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where to write. Default: beside the image tokenizer."),
+    ] = None,
+) -> None:
+    """Write the words that an image tokenizer needs in a text vocabulary.
+
+    `vocabulary_extension.json` belongs to the image tokenizer and fits any language model. With
+    `--text-tokenizer`, `--out` also gets that tokenizer, extended, and `image_vocabulary.json` with
+    the ids.
+
+    **Examples**
+
+    `unimodal export-vocabulary my-image-tokenizer`
+
+    `unimodal export-vocabulary my-image-tokenizer --text-tokenizer Qwen/Qwen3-0.6B --out extended`
+    """
+    from tokenizer_hf.errors import ConfigurationError
+    from unimodal.merge import export_vocabulary as export
+
+    if text_tokenizer is not None and out is None:
+        raise ConfigurationError("--text-tokenizer without --out; give the folder to write")
+    for line in export(image_tokenizer, out, text_tokenizer, vocab_mode):
+        typer.echo(line)
+
+
+@app.command()
+def train_text_tokenizer(
+    texts: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE...",
+            help="`.txt`: each line a text. `.jsonl`: the `text` of a line, or its `messages`.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
+    vocab_size: Annotated[
+        int, typer.Option(min=261, help="All ids: pieces, 256 bytes, 4 special ones.")
+    ] = 1024,
+) -> None:
+    """Train a small SentencePiece text tokenizer: frequent words become one piece.
+
+    The folder loads with `AutoTokenizer`, reads every text back exactly, and has a ChatML chat
+    template. It is meant for small models that are trained from scratch, as `unimodal demo` does; a
+    published language model keeps its own.
+
+    **Example:** `unimodal train-text-tokenizer world/text/*.jsonl --vocab-size 512 --out words`
+    """
+    from tokenizer_hf.sentencepiece_vocabulary import read_texts, train_sentencepiece
+
+    folder = train_sentencepiece(read_texts(texts), out, vocab_size)
+    typer.echo(f"{vocab_size} ids in {folder}")
+
+
+@app.command()
+def merge(
+    llm: Annotated[
+        str, typer.Option(metavar="DIR", help="A causal language model: a folder, or a hub id.")
+    ],
+    image_tokenizer: Annotated[
+        str, typer.Option(metavar="DIR", help="An image tokenizer: a folder, or a hub id.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
+    vocab_mode: Annotated[
+        str,
+        typer.Option(
+            help="`added`: codes are added special tokens, up to about 16k. `base`: codes are "
+            "written into the BPE vocabulary; loads fast at 64k, and no text can spell one."
+        ),
+    ] = "added",
+    row_init: Annotated[
+        str,
+        typer.Option(
+            help="How the new rows start. `mean_cov`: like random text rows. `normal`: noise. "
+            "`codebook`: similar codes get similar rows. `meaning`: codes start near the caption "
+            "words that they occur with (needs `--pairs`)."
+        ),
+    ] = "mean_cov",
+    pairs: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A code cache with captions, for `--row-init meaning`."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="`float32`, `bfloat16`, `float16`. Default: as the weights are."),
+    ] = None,
+    pad_to: Annotated[
+        int, typer.Option(min=1, help="Rows of the embedding: a multiple of this.")
+    ] = 64,
+    seed: Annotated[int, typer.Option(help="Of the new rows.")] = 0,
+    caption_instruction: Annotated[
+        str | None, typer.Option(help="What asks for a caption. Default: “Describe the picture.”")
+    ] = None,
+    draw_instruction: Annotated[
+        str | None, typer.Option(help="What asks for a drawing. Default: “Draw: {prompt}”")
+    ] = None,
+) -> None:
+    """Join a language model and an image tokenizer into one folder, still a plain causal LM.
+
+    Weights are copied shard by shard, so the model never has to fit into memory. Ids, rows and
+    logits of text stay what they were. The image words are untrained afterwards: `unimodal train`
+    teaches them.
+
+    **Examples**
+
+    `unimodal merge --llm Qwen/Qwen3-0.6B --image-tokenizer my-image-tokenizer --out my-model`
+
+    `unimodal merge --llm ./llama --image-tokenizer ./vq64k --vocab-mode base --out my-model`
+    """
+    from unimodal.merge import merge as run
+
+    wording = {"caption_instruction": caption_instruction, "draw_instruction": draw_instruction}
+    folder = run(
+        llm,
+        image_tokenizer,
+        out,
+        vocab_mode=vocab_mode,
+        row_init=row_init,
+        pairs=pairs,
+        dtype=dtype,
+        pad_to=pad_to,
+        seed=seed,
+        **{key: value for key, value in wording.items() if value is not None},
+    )
+    typer.echo(folder)
+
+
 # --- caption, draw, chat --------------------------------------------------------------------------
 
 Model = Annotated[
@@ -402,6 +549,53 @@ def serve_check(
 
 
 # --- demo and bench -------------------------------------------------------------------------------
+
+bench = typer.Typer(
+    name="bench", help="Measure what things cost on this machine.", no_args_is_help=True
+)
+app.add_typer(bench)
+
+
+@bench.command("guidance")
+def bench_guidance(
+    model: Annotated[str, typer.Option(help="A merged model: folder or hub id.")],
+    out: Annotated[Path | None, typer.Option(help="Write the JSON here too.")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Pictures at once; may be given several times. [1 16]")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Pairs of drawings that are timed.")] = 15,
+    guidance: Annotated[float, typer.Option(help="The guidance that is timed.")] = 3.0,
+    threads: Annotated[int | None, typer.Option(help="Processor threads; all by default.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+) -> None:
+    """Time guided against unguided drawing, in turn, in one run; print JSON.
+
+    `ratio` is the median over the rounds of guided by unguided seconds, `target` what
+    docs/performance.md promises. Run it on an idle machine.
+    """
+    import json
+
+    import torch
+
+    from tokenizer_hf.files import atomic_write
+    from unimodal.generation.benchmark import measure_guidance
+    from unimodal.pipeline import Unimodal
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loaded = Unimodal.from_pretrained(model, device=device)
+    result = measure_guidance(
+        loaded.model,
+        loaded.processor,
+        batch_sizes=batch or (1, 16),
+        rounds=rounds,
+        guidance=guidance,
+    )
+    text = json.dumps(result, indent=2)
+    if out is not None:
+        with atomic_write(out) as path:
+            path.write_text(text + "\n", encoding="utf-8")
+    print(text)
 
 
 def main() -> None:

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 
 from tokenizer_hf.errors import CheckpointError, ConfigurationError, VocabularyError
-from tokenizer_hf.files import atomic_folder
+from tokenizer_hf.files import atomic_folder, atomic_write
 from tokenizer_hf.modeling_image_tokenizer import ImageTokenizer
-from tokenizer_hf.sentencepiece_vocabulary import extend_sentencepiece_like
+from tokenizer_hf.sentencepiece_vocabulary import extend_sentencepiece, extend_sentencepiece_like
 from tokenizer_hf.vocabulary import ImageVocabulary, VocabularyExtension, extend_tokenizer
 from unimodal.processing_unimodal import CAPTION_INSTRUCTION, DRAW_INSTRUCTION, UnimodalProcessor
-from unimodal.remote_code import add_remote_code
 from unimodal.row_initialisation import ROW_INITS, caption_evidence, new_rows
 from unimodal.weight_shards import NewRows, StoredTensor, read_header, rewrite, shard_files
 
@@ -133,10 +132,48 @@ def merge(
         _write_generation_config(base, folder, config)
         processor.save_pretrained(folder)
         _write_sentencepiece(base, folder, text_tokenizer, vocabulary)
-        add_remote_code(folder)
         _require_same_ids(folder, text_tokenizer, vocabulary)
         (folder / "README.md").write_text(_card(llm, image_tokenizer, vocabulary), encoding="utf-8")
     return out
+
+
+def export_vocabulary(
+    image_tokenizer: str | Path,
+    out: str | Path | None = None,
+    text_tokenizer: str | Path | None = None,
+    vocab_mode: str = "added",
+) -> list[str]:
+    """Write the vocabulary extension of an image tokenizer, and a text tokenizer that has it.
+
+    Args:
+        image_tokenizer: folder or hub id.
+        out: folder to write into; None is the image tokenizer's own.
+        text_tokenizer: folder, hub id or SentencePiece ``.model`` to extend into ``out``, with
+            ``image_vocabulary.json`` beside it.
+        vocab_mode: as in :func:`merge`; a ``.model`` always gets CONTROL pieces.
+
+    Returns:
+        A line of text for each thing that was written.
+
+    Raises:
+        CheckpointError, VocabularyError: as :func:`merge`.
+    """
+    source = find_folder(image_tokenizer)
+    target = source if out is None else Path(out)
+    extension = VocabularyExtension.from_image_tokenizer(ImageTokenizer.from_pretrained(source))
+    written = [f"{extension.num_codes + 2} new words: {extension.save(target)}"]
+    if text_tokenizer is None:
+        return written
+    if str(text_tokenizer).endswith(".model"):
+        vocabulary = extend_sentencepiece(text_tokenizer, extension, target / "tokenizer.model")
+    else:
+        base = _text_tokenizer(find_folder(text_tokenizer))
+        tokenizer, vocabulary = extend_tokenizer(base, extension, vocab_mode)
+        tokenizer.save_pretrained(target)
+    with atomic_write(target / "image_vocabulary.json") as temporary:
+        temporary.write_text(json.dumps(vocabulary.to_dict(), indent=2) + "\n", encoding="utf-8")
+    first, last = vocabulary.start_token_id, vocabulary.vocab_size - 1
+    return [*written, f"text tokenizer with the image ids {first} to {last}: {target}"]
 
 
 # --- what comes in --------------------------------------------------------------------------------
