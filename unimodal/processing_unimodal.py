@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -381,7 +382,7 @@ class UnimodalProcessor(ProcessorMixin):
         else:
             flat = iter(_flat(images))
             wanted = markers if any(markers) else [1] * len(texts)
-            groups = [[image for image, _ in zip(flat, range(n), strict=False)] for n in wanted]
+            groups = [list(islice(flat, number)) for number in wanted]
             groups[-1] += list(flat)
         for index, number in enumerate(markers):
             given = len(groups[index]) if index < len(groups) else 0
