@@ -1,19 +1,27 @@
 """The decoding loop on tiny random models of several families."""
 
-from types import SimpleNamespace
+import json
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
-from tests.toy import qwen_tokenizer, tiny_llm, toy_extension
+from tests.toy import tiny_llm, toy_merged_folder
 from tests.unimodal.test_grammar import assert_reply, bound, grammars
 from tokenizer_hf.errors import ConfigurationError, MessageError
-from tokenizer_hf.vocabulary import extend_tokenizer
+from unimodal.cli import app
+from unimodal.generation.benchmark import measure_guidance
 from unimodal.generation.grammar import ImageSpanGrammar
 from unimodal.generation.logits_processor import ImageSpanLogitsProcessor
-from unimodal.generation.sampling import SamplingSettings, generate, sample_tokens
+from unimodal.generation.sampling import (
+    SamplingSettings,
+    default_stop_ids,
+    generate,
+    sample_tokens,
+)
+from unimodal.pipeline import Unimodal
 
 VOCABULARY = bound(16, 1, 4, 4, text_ids=30)  # start 30, end 31, codes 32-47
 NESTED = bound(16, 1, 1, 6, text_ids=30)
@@ -150,6 +158,27 @@ def test_guidance_doubles_the_rows_and_nothing_else(model, calls):
     assert {rows for rows, _ in calls} == {4}
 
 
+def test_equal_prompts_are_read_once(model, calls):
+    """Four drawings of one prompt and one unconditional prompt: two rows to read, eight to draw."""
+    grammar = ImageSpanGrammar(VOCABULARY, mode="image")
+    options = {"max_new_tokens": 6, "stop_token_ids": [VOCABULARY.end_token_id]}
+    guided = SamplingSettings(guidance=2.0)
+
+    def run(prompts, seeds):
+        negatives = [[3, 4]] * len(prompts)
+        return sample_tokens(
+            model, grammar, prompts, guided, negative_prompts=negatives, seeds=seeds, **options
+        )
+
+    together = run([PROMPTS[0]] * 4, range(4))
+    assert [rows for rows, _ in calls] == [2, 8, 8, 8]
+    assert together == [run([PROMPTS[0]], [seed])[0] for seed in range(4)]
+    calls.clear()
+    mixed = run([PROMPTS[0], PROMPTS[2], PROMPTS[0], [3, 4]], range(4))
+    assert [rows for rows, _ in calls] == [3, 8, 8, 8]
+    assert mixed[0] == together[0] and mixed[2] == together[2]
+
+
 def test_finished_rows_leave_the_batch(model, calls):
     """Replies are the same as those that never stopped, up to their stop ids."""
     grammar = ImageSpanGrammar(NESTED)
@@ -166,7 +195,7 @@ def test_finished_rows_leave_the_batch(model, calls):
         assert not stop & set(reply[:-1])
         assert reply[-1] in stop or len(reply) == 40
     rows = [shape[0] for shape in calls]
-    assert rows[0] == 8 and rows[-1] < 8 and len(rows) <= max(map(len, replies)) < 40
+    assert rows[1] == 8 and rows[-1] < 8 and len(rows) <= max(map(len, replies)) < 40
 
 
 def test_callback_sees_every_id_in_order(model):
@@ -253,20 +282,45 @@ def test_peft_model_samples_like_its_merged_self():
     assert sample_tokens(merged, grammar, PROMPTS, GREEDY, max_new_tokens=12) == before
 
 
-def test_generate_takes_lengths_and_stop_ids_from_model_and_processor():
-    tokenizer, vocabulary = extend_tokenizer(qwen_tokenizer(), toy_extension())
-    processor = SimpleNamespace(tokenizer=tokenizer, vocabulary=vocabulary)
-    model = tiny_llm("qwen3", vocab_size=vocabulary.rows)
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    return toy_merged_folder(tmp_path_factory.mktemp("model"))
+
+
+def test_generate_takes_lengths_and_stop_ids_from_model_and_processor(merged):
+    loaded = Unimodal.from_pretrained(merged)
+    model, processor, tokenizer = loaded.model, loaded.processor, loaded.processor.tokenizer
     prompts = [tokenizer("Draw: a red circle")["input_ids"], tokenizer("Draw:")["input_ids"]]
     images = generate(model, processor, prompts, mode="image")
-    grammar = ImageSpanGrammar(vocabulary)
+    grammar = ImageSpanGrammar(processor.vocabulary)
     assert [grammar.check_span(reply) for reply in images] == [None, None]
-    replies = generate(model, processor, prompts, SamplingSettings(text_temperature=2, seed=0))
-    stop = {model.generation_config.eos_token_id, tokenizer.eos_token_id}
+    wild = SamplingSettings(text_temperature=2, seed=0, max_new_tokens=60)
+    replies = generate(model, processor, prompts * 16, wild)
+    stop = default_stop_ids(model, tokenizer)
+    assert tokenizer.eos_token_id in stop
+    assert any(len(reply) < 60 for reply in replies)
     for reply in replies:
         assert not stop & set(reply[:-1])
-        assert reply[-1] in stop or len(reply) == 512 - len(prompts[replies.index(reply)])
+        assert reply[-1] in stop or len(reply) == 60
     unstopped = generate(
         model, processor, prompts, SamplingSettings(max_new_tokens=30), stop_token_ids=()
     )
     assert [len(reply) for reply in unstopped] == [30, 30]
+
+
+def test_bench_guidance_prints_and_writes_paired_ratios(merged, tmp_path):
+    out = tmp_path / "deep" / "bench.json"
+    command = ["bench", "guidance", "--model", str(merged), "--out", str(out)]
+    done = CliRunner().invoke(app, [*command, "--rounds", "3", "--batch", "1", "--batch", "2"])
+    assert done.exit_code == 0, done.output
+    result = json.loads(out.read_text())
+    assert json.loads(done.stdout) == result
+    one, two = result["batches"]
+    assert (one["batch"], one["target"], two["batch"], two["target"]) == (1, 1.4, 2, None)
+    for entry in (one, two):
+        assert entry["unguided_seconds"] > 0 and entry["guided_seconds"] > 0
+        assert entry["low"] <= entry["ratio"] <= entry["high"]
+    with pytest.raises(ConfigurationError, match="guidance is 1"):
+        measure_guidance(None, None, guidance=1.0)
+    with pytest.raises(ConfigurationError, match="1 rounds"):
+        measure_guidance(None, None, rounds=1)

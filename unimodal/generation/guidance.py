@@ -40,7 +40,8 @@ class RowBatch:
     """Rows that are decoded together: left padded, one KV cache, positions from the mask.
 
     Ids wait in ``pending`` until logits are asked for, so ids that the grammar forces cost no
-    forward of their own.
+    forward of their own. Prompts that are equal are read once: several drawings of one prompt, and
+    the unconditional rows, which mostly share theirs.
 
     Args:
         model: a decoder-only Hugging Face model.
@@ -71,6 +72,29 @@ class RowBatch:
 
     def logits(self) -> Tensor:
         """Run the pending ids and return the logits behind the last of them, (rows, V)."""
+        if self.seen:
+            return self._forward()
+        starts = (self.positions == 0).sum(-1).tolist()  # equal ids may be padded differently
+        rows = [(start, *ids) for start, ids in zip(starts, self.pending.tolist(), strict=True)]
+        distinct = {row: place for place, row in enumerate(dict.fromkeys(rows))}
+        if len(distinct) == len(rows):
+            return self._forward()
+        self.keep([rows.index(row) for row in distinct])
+        logits_RV = self._forward()
+        copies = [distinct[row] for row in rows]
+        self.keep(copies)
+        return logits_RV[copies]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only; a row may be named several times."""
+        index = torch.tensor(rows, device=self.pending.device)
+        self.pending = self.pending[index]
+        self.positions = self.positions[index]
+        self.mask = None if self.mask is None else self.mask[index]
+        if self.seen:
+            self.cache.batch_select_indices(index)
+
+    def _forward(self) -> Tensor:
         stop = self.seen + self.pending.shape[1]
         output = self.model(
             input_ids=self.pending,
@@ -81,15 +105,6 @@ class RowBatch:
         self.seen = stop
         self.pending = self.pending[:, :0]
         return output.logits[:, -1]
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Drop all rows but these."""
-        index = torch.tensor(rows, device=self.pending.device)
-        self.pending = self.pending[index]
-        self.positions = self.positions[index]
-        self.mask = None if self.mask is None else self.mask[index]
-        if self.seen:
-            self.cache.batch_select_indices(index)
 
 
 def guided_generate(
