@@ -1,0 +1,474 @@
+"""Trains an image tokenizer: pictures in, a folder that ``from_pretrained`` loads out.
+
+::
+
+    output_dir/
+      config.json  model.safetensors  preprocessor_config.json  vocabulary_extension.json
+      metrics.json                    psnr, codes_used, ... of held-out pictures
+      recipe.yaml                     the recipe, to be run again
+      training/checkpoint.pt          the last state; a run that was stopped goes on from it
+      training/pictures/step-*.png    held-out pictures over their reconstructions
+      training/tensorboard/           losses and use of the codebook
+
+A step depends on its number alone (its pictures, its learning rate, its random numbers), so a run
+that was stopped and goes on equals one that was not.
+"""
+
+import copy
+import json
+import logging
+import math
+import os
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tokenizer_hf.configuration_image_tokenizer import ImageTokenizerConfig
+from tokenizer_hf.errors import CheckpointError, ConfigurationError, DataError
+from tokenizer_hf.files import atomic_write
+from tokenizer_hf.image_processing_image_tokenizer import (
+    ImageTokenizerImageProcessor,
+    to_pixel_values,
+    to_uint8,
+)
+from tokenizer_hf.modeling_image_tokenizer import ImageTokenizer
+from training.data.sources import open_source
+from training.precision import bf16_is_faster
+from training.recipes import differences, recipe_to_dict, save_recipe
+
+logger = logging.getLogger(__name__)
+
+MEMORY_LIMIT_BYTES = 2**30
+GRID_PICTURES = 8
+FREE_FIELDS = (  # may differ when a run goes on; of the pictures, a checksum is compared instead
+    "data",
+    "held_out_data",
+    "output_dir",
+    "device",
+    "log_every",
+    "pictures_every",
+    "checkpoint_every",
+)
+
+
+@dataclass(kw_only=True)
+class TokenizerRecipe:
+    """``unimodal train-tokenizer``: what to train on, what to train, and how."""
+
+    data: list[str]
+    """Pictures: imagefolders, plain folders, Parquet files or folders of them, hub ids."""
+    output_dir: str
+    held_out_data: list[str] = field(default_factory=list)
+    """Pictures to measure on. Empty: ``held_out`` pictures are taken out of ``data``."""
+    held_out: int = 256
+    """Pictures to measure on, at most."""
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    """Passed on to ImageTokenizerConfig."""
+    image_processor: dict[str, Any] = field(default_factory=dict)
+    """Passed on to ImageTokenizerImageProcessor; its size is the tokenizer's."""
+    max_steps: int = 2000
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    """Highest, after warm-up; from there it falls to 0 along a cosine."""
+    warmup_steps: int = 50
+    weight_decay: float = 0.01
+    """Of matrices and convolutions. Biases, norms, positions and the codebook never decay."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    gradient_clip: float = 1.0
+    """Largest norm of the gradient."""
+    loss_weights: dict[str, float] = field(default_factory=dict)
+    """Factor on each named loss of the forward pass (l1, l2, commitment, codebook); 1 where none is
+    given."""
+    ema_decay: float = 0.999
+    """The saved weights are a running mean of the trained ones that keeps this share at each step
+    (less at the start). 0: the trained weights themselves."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Autocast format of the forward pass; weights, quantizer and losses are float32 always.
+    "auto": what is faster on this machine, measured; a resumed run keeps what it had."""
+    seed: int = 0
+    device: str | None = None
+    """None: CUDA where there is one, else the CPU."""
+    log_every: int = 20
+    pictures_every: int = 500
+    checkpoint_every: int = 500
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "held_out", "log_every", "pictures_every",
+                     "checkpoint_every"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if not self.data:
+            raise ConfigurationError("data is empty; expected at least one folder or file")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigurationError(f"ema_decay is {self.ema_decay}; expected at least 0, below 1")
+        known = ("l1", "l2", "commitment", "codebook")
+        for name in self.loss_weights:
+            if name not in known:
+                raise ConfigurationError(
+                    f"loss_weights has {name!r}; expected some of {', '.join(known)}"
+                )
+
+
+def train_image_tokenizer(recipe: TokenizerRecipe) -> Path:
+    """Train an image tokenizer, or go on with a training that was stopped.
+
+    Args:
+        recipe: see :class:`TokenizerRecipe`.
+
+    Returns:
+        ``output_dir``, which :meth:`ImageTokenizer.from_pretrained` loads.
+
+    Raises:
+        ConfigurationError: ``output_dir`` holds a run of another recipe or of other data.
+        DataError: no usable picture.
+        CheckpointError: the last checkpoint cannot be read.
+    """
+    folder = Path(recipe.output_dir)
+    config = _build(ImageTokenizerConfig, "tokenizer", recipe.tokenizer)
+    size = {"size": config.image_size}
+    processor = _build(
+        ImageTokenizerImageProcessor, "image_processor", {**size, **recipe.image_processor}
+    )
+    if processor.size != config.image_size:
+        raise ConfigurationError(
+            f"image_processor.size is {processor.size}, tokenizer.image_size {config.image_size}; "
+            "leave size out"
+        )
+    (folder / "training").mkdir(parents=True, exist_ok=True)
+    pictures, rows, held_out = _read_data(recipe, processor)
+    run = _Run(recipe, config, pictures, rows, held_out)
+    run.model.image_processor = run.averaged.image_processor = processor
+    run.resume()
+    save_recipe(recipe, folder / "recipe.yaml")
+    started = time.monotonic()
+    run.train()
+    metrics = {
+        **run.measure(),
+        "steps": recipe.max_steps,
+        "pictures": len(rows),
+        "seconds": round(time.monotonic() - started, 1),
+        "fingerprint": run.averaged.fingerprint(),
+    }
+    run.averaged.save_pretrained(folder)
+    with atomic_write(folder / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+class _Run:
+    """The state of a training, and its loop."""
+
+    def __init__(
+        self,
+        recipe: TokenizerRecipe,
+        config: ImageTokenizerConfig,
+        pictures: np.ndarray,
+        rows: np.ndarray,
+        held_out: np.ndarray,
+    ) -> None:
+        self.recipe = recipe
+        self.folder = Path(recipe.output_dir) / "training"
+        self.pictures = pictures
+        self.rows = rows
+        self.held_out = held_out
+        self.device = torch.device(
+            recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        )
+        self.precision: str = recipe.precision
+        if self.precision == "auto":
+            self.precision = "bfloat16" if bf16_is_faster(self.device) else "float32"
+        torch.manual_seed(recipe.seed)
+        self.model = ImageTokenizer(config)
+        self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[arg-type]
+        self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            _parameter_groups(self.model, recipe.weight_decay),
+            lr=recipe.learning_rate,
+            betas=recipe.betas,
+            fused=True,
+        )
+        self.step = 0
+
+    def train(self) -> None:
+        """Take the steps that are left."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        recipe = self.recipe
+        if self.step >= recipe.max_steps:
+            return
+        counts = torch.zeros(self.model.config.codebook_size, device=self.device)
+        with (
+            SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step) as board,
+            tqdm(
+                total=recipe.max_steps, initial=self.step, desc="image tokenizer", disable=None
+            ) as bar,
+        ):
+            while self.step < recipe.max_steps:
+                losses, codes = self._train_step()
+                self.step += 1
+                bar.update()
+                counts += torch.bincount(codes.flatten(), minlength=len(counts))
+                last = self.step == recipe.max_steps
+                if self.step % recipe.log_every == 0 or last:
+                    values = {name: float(loss.detach()) for name, loss in losses.items()}
+                    bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
+                    self._log(board, values, counts)
+                    counts.zero_()
+                if self.step % recipe.pictures_every == 0 or last:
+                    self._save_pictures()
+                if self.step % recipe.checkpoint_every == 0 or last:
+                    self.save()
+
+    def measure(self) -> dict[str, float | int]:
+        """Measure the averaged model on the held-out pictures.
+
+        ``psnr``: dB, of the mean squared error over all pictures, on 8-bit values. ``codes_used``:
+        how many different codes they use. ``perplexity``: exp of the entropy of the codes' use.
+        """
+        counts = np.zeros(self.averaged.config.codebook_size, dtype=np.int64)
+        squared_error = 0.0
+        for start in range(0, len(self.held_out), self.recipe.batch_size):
+            batch = self.held_out[start : start + self.recipe.batch_size]
+            codes = self.averaged.encode(to_pixel_values(batch).to(self.device))
+            painted = to_uint8(self.averaged.decode(codes))
+            squared_error += np.square(painted.astype(np.float64) - batch).sum()
+            counts += np.bincount(codes.flatten().cpu().numpy(), minlength=len(counts))
+        error = max(squared_error / self.held_out.size, 1e-10)
+        return {
+            "psnr": round(10 * math.log10(255**2 / error), 3),
+            "codes_used": int((counts > 0).sum()),
+            "codebook_size": len(counts),
+            "perplexity": round(_perplexity(counts), 2),
+            "held_out_pictures": len(self.held_out),
+        }
+
+    def save(self) -> None:
+        """Write ``checkpoint.pt`` atomically."""
+        state = {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "averaged": self.averaged.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "identity": self._identity(),
+        }
+        with atomic_write(self.folder / "checkpoint.pt") as temporary:
+            torch.save(state, temporary)
+
+    def resume(self) -> None:
+        """Go on from ``checkpoint.pt``, if there is one."""
+        path = self.folder / "checkpoint.pt"
+        if not path.is_file():
+            return
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as error:  # torch raises errors of many types on damaged files
+            raise CheckpointError(f"{str(path)!r} is damaged; remove it to start over") from error
+        if self.recipe.precision == "auto":
+            self.precision = state["identity"]["precision"]
+        changed = differences(self._identity(), state["identity"])
+        if changed:
+            raise ConfigurationError(
+                f"{str(self.folder.parent)!r} holds the run of another recipe: "
+                f"{'; '.join(changed)}; give another output_dir, or remove {str(path)!r}"
+            )
+        self.model.load_state_dict(state["model"])
+        self.averaged.load_state_dict(state["averaged"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        logger.info("going on from step %d", self.step)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must not change when a run goes on."""
+        recipe = recipe_to_dict(self.recipe)
+        checksum = zlib.crc32(np.ascontiguousarray(self.pictures).data)
+        return {
+            **{name: value for name, value in recipe.items() if name not in FREE_FIELDS},
+            "precision": self.precision,
+            "pictures": f"{len(self.pictures)} with checksum {checksum:08x}",
+        }
+
+    def _train_step(self) -> tuple[dict[str, Tensor], Tensor]:
+        recipe, model = self.recipe, self.model
+        torch.manual_seed(recipe.seed * 1_000_003 + self.step)
+        chosen = picture_indices(len(self.rows), recipe.batch_size, recipe.seed, self.step)
+        pixels = torch.from_numpy(self.pictures[self.rows[chosen]]).to(self.device)
+        pixel_values = pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)  # is channels_last
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, self.step)
+        model.train()
+        with self._autocast():
+            out = model(pixel_values)
+        weights = recipe.loss_weights
+        terms = [weights.get(name, 1.0) * loss for name, loss in out.losses.items()]
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.stack(terms).sum().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
+        self.optimizer.step()
+        self._average()
+        return out.losses, out.codes
+
+    def _autocast(self) -> AbstractContextManager:
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Let the averaged weights follow. Codes are copied: the mean of moved codes is no code."""
+        decay = min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step))
+        if not self.recipe.ema_decay:
+            decay = 0.0
+        ours: list[Tensor] = []
+        theirs: list[Tensor] = []
+        for (name, mean), value in zip(
+            self.averaged.named_parameters(), self.model.parameters(), strict=True
+        ):
+            if name.startswith("quantizer."):
+                mean.copy_(value)
+            else:
+                ours.append(mean)
+                theirs.append(value)
+        torch._foreach_lerp_(ours, theirs, 1 - decay)
+        for kept, current in zip(self.averaged.buffers(), self.model.buffers(), strict=True):
+            kept.copy_(current)
+
+    def _log(self, board: Any, losses: dict[str, float], counts: Tensor) -> None:
+        for name, value in losses.items():
+            board.add_scalar(f"loss/{name}", value, self.step)
+        board.add_scalar("learning_rate", learning_rate(self.recipe, self.step), self.step)
+        board.add_scalar("codebook/used", int((counts > 0).sum()), self.step)
+        board.add_scalar("codebook/perplexity", _perplexity(counts.cpu().numpy()), self.step)
+
+    def _save_pictures(self) -> None:
+        originals = self.held_out[:GRID_PICTURES]
+        codes = self.averaged.encode(to_pixel_values(originals).to(self.device))
+        painted = to_uint8(self.averaged.decode(codes))
+        rows = [np.concatenate(list(row), axis=1) for row in (originals, painted)]
+        sheet = Image.fromarray(np.concatenate(rows))
+        with atomic_write(self.folder / "pictures" / f"step-{self.step:06d}.png") as temporary:
+            sheet.save(temporary, "PNG")
+
+
+def learning_rate(recipe: TokenizerRecipe, step: int) -> float:
+    """The learning rate of a step (from 0): linear warm-up, then a cosine that ends at 0."""
+    warm = min(1.0, (step + 1) / max(recipe.warmup_steps, 1))
+    return recipe.learning_rate * warm * (1 + math.cos(math.pi * step / recipe.max_steps)) / 2
+
+
+def picture_indices(num_pictures: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """The pictures of a step: consecutive pieces of one shuffled pass after the other."""
+    wanted = np.arange(step * batch_size, (step + 1) * batch_size)
+    indices = np.empty(batch_size, dtype=np.int64)
+    for epoch in np.unique(wanted // num_pictures):
+        order = np.random.default_rng([seed, int(epoch)]).permutation(num_pictures)
+        here = wanted // num_pictures == epoch
+        indices[here] = order[wanted[here] % num_pictures]
+    return indices
+
+
+def read_pictures(
+    sources: list[str], processor: ImageTokenizerImageProcessor, limit: int | None = None
+) -> np.ndarray:
+    """Read pictures at the processor's size, uint8 (N, size, size, 3).
+
+    They are kept in memory up to 1 GiB, beyond that in a temporary file that vanishes with the
+    process. Broken ones are reported, counted and skipped.
+
+    Raises:
+        DataError: not one usable picture.
+    """
+    opened = [open_source(name, need_text=False) for name in sources]
+    most = sum(map(len, opened))
+    most = most if limit is None else min(most, limit)
+    pictures = _room_for((most, processor.size, processor.size, 3))
+    count = 0
+    for image in tqdm(_images(opened), total=most, desc="reading pictures", disable=None):
+        pictures[count] = np.asarray(processor.fit(image))
+        count += 1
+        if count == most:
+            break
+    if count == 0:
+        raise DataError(f"{', '.join(sources)} hold no picture; expected at least one")
+    return pictures[:count]
+
+
+def _images(sources: list[Any]) -> Iterator[Image.Image]:
+    for source in sources:
+        for row in source:
+            if row.image is not None:
+                yield row.image
+
+
+def _room_for(shape: tuple[int, ...]) -> np.ndarray:
+    if math.prod(shape) <= MEMORY_LIMIT_BYTES:
+        return np.empty(shape, dtype=np.uint8)
+    handle, name = tempfile.mkstemp(prefix="unimodal-pictures-")
+    os.close(handle)
+    room = np.memmap(name, dtype=np.uint8, mode="w+", shape=shape)
+    os.unlink(name)
+    return room
+
+
+def _read_data(
+    recipe: TokenizerRecipe, processor: ImageTokenizerImageProcessor
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pictures, the rows of them to train on, and the pictures to measure on."""
+    pictures = read_pictures(recipe.data, processor)
+    if recipe.held_out_data:
+        held_out = read_pictures(recipe.held_out_data, processor, recipe.held_out)
+        return pictures, np.arange(len(pictures)), held_out
+    if len(pictures) <= recipe.held_out:
+        raise DataError(
+            f"{', '.join(recipe.data)} hold {len(pictures)} pictures, of which {recipe.held_out} "
+            "would be held out; give more, or lower held_out"
+        )
+    order = np.random.default_rng(recipe.seed).permutation(len(pictures))
+    measured, learnt = np.sort(order[: recipe.held_out]), np.sort(order[recipe.held_out :])
+    return pictures, learnt, pictures[measured]
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    decays: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_matrix = name.endswith(".weight") and parameter.ndim >= 2
+            (decays if is_matrix else others).append(parameter)
+    groups = [
+        {"params": decays, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _perplexity(counts: np.ndarray) -> float:
+    share = counts[counts > 0] / max(counts.sum(), 1)
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
+def _build(kind: Any, name: str, settings: dict[str, Any]) -> Any:
+    """Make a configuration from a recipe's group; unknown names are mistakes, not extras."""
+    if kind is ImageTokenizerConfig:
+        known = set(ImageTokenizerConfig.__annotations__)
+    else:
+        known = {"size", "resize_mode", "resample", "pad_colour", "max_pixels"}
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise ConfigurationError(
+            f"{name} has no field {unknown[0]!r}; known: {', '.join(sorted(known))}"
+        )
+    try:
+        return kind(**settings)
+    except TypeError as error:
+        raise ConfigurationError(f"{name} has a value of the wrong type: {error}") from error
