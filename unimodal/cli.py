@@ -33,6 +33,97 @@ def _options(debug: Debug = False) -> None:
 
 # --- image tokenizer ------------------------------------------------------------------------------
 
+
+@app.command("train-tokenizer")
+def train_tokenizer(
+    config: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Change a field; as often as you like."),
+    ] = None,
+) -> None:
+    """Train an image tokenizer on pictures, or go on with a training that was stopped.
+
+    The recipe names the pictures (`data`: picture folders, Parquet, hub ids), the folder to write
+    (`output_dir`), the tokenizer (`tokenizer`: fields of its config.json) and how long to train
+    (`max_steps`, `batch_size`, `learning_rate`, ...). Under `training/` of the folder lie
+    checkpoints, TensorBoard logs and sheets of pictures over their reconstructions.
+
+    **Examples**
+
+    `unimodal train-tokenizer tokenizer.yaml`
+
+    `unimodal train-tokenizer tokenizer.yaml --set max_steps=4000 --set tokenizer.patch_local=true`
+    """
+    from training.image_tokenizer import TokenizerRecipe, train_image_tokenizer
+    from training.recipes import load_recipe
+
+    folder = train_image_tokenizer(load_recipe(TokenizerRecipe, config, overrides or ()))
+    typer.echo((folder / "metrics.json").read_text(), nl=False)
+    typer.echo(str(folder))
+
+
+@app.command()
+def reconstruct(
+    pictures: Annotated[
+        list[Path], typer.Argument(metavar="PICTURE...", help="PNG, JPEG, WebP, GIF, ...")
+    ],
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            "--image-tokenizer",
+            "-t",
+            metavar="DIR",
+            help="A folder, or a hub id. A merged model keeps its tokenizer in image_tokenizer/.",
+        ),
+    ],
+    num_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Use only the first codes, where the tokenizer is nested."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="A folder for the PNG files.")] = Path(
+        "reconstructions"
+    ),
+) -> None:
+    """Turn pictures into codes and back: see what a tokenizer keeps.
+
+    Each PNG shows what the tokenizer was given on the left and what it made of it on the right; the
+    line printed for it is `FILE<tab>PSNR in dB<tab>CODES`.
+
+    **Examples**
+
+    `unimodal reconstruct --image-tokenizer my-tokenizer cat.png`
+
+    `unimodal reconstruct -t my-tokenizer photos/*.jpg --num-tokens 16 --out few-codes`
+    """
+    import numpy as np
+    from PIL import Image
+    from transformers.utils.logging import disable_progress_bar
+
+    from tokenizer_hf.files import atomic_write
+    from tokenizer_hf.image_processing_image_tokenizer import open_image
+    from tokenizer_hf.modeling_image_tokenizer import ImageTokenizer
+
+    disable_progress_bar()
+    for picture in pictures:
+        open_image(picture)  # a bad picture is told before the model is loaded
+    model = ImageTokenizer.from_pretrained(tokenizer)
+    taken: set[Path] = set()
+    for picture in pictures:
+        given = np.asarray(model.image_processor.fit(picture))
+        codes = model.encode(model.image_processor([given])["pixel_values"], num_tokens)
+        made = np.asarray(model.image_processor.postprocess(model.decode(codes))[0])
+        error = np.square(given.astype(float) - made).mean()
+        psnr = 10 * np.log10(255**2 / error) if error else float("inf")
+        path = out / f"{picture.stem}.png"
+        while path in taken:
+            path = path.with_name(f"{path.stem}_.png")
+        taken.add(path)
+        with atomic_write(path) as temporary:
+            Image.fromarray(np.concatenate([given, made], axis=1)).save(temporary, "PNG")
+        typer.echo(f"{path}\t{psnr:.2f}\t{' '.join(map(str, codes[0].tolist()))}")
+
+
 # --- vocabulary and merge -------------------------------------------------------------------------
 
 

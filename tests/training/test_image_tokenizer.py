@@ -22,7 +22,8 @@ from training.image_tokenizer import (
     read_pictures,
     train_image_tokenizer,
 )
-from training.recipes import load_recipe
+from training.recipes import load_recipe, save_recipe
+from unimodal import cli
 
 PATCH = {
     "image_size": 16,
@@ -266,3 +267,46 @@ def test_recipes_that_cannot_be(settings, message, pictures, tmp_path):
 def test_more_pictures_are_needed_than_are_held_out(pictures, tmp_path):
     with pytest.raises(DataError, match="80 pictures, of which 80 would be held out"):
         train_image_tokenizer(make_recipe(pictures, tmp_path, held_out=80))
+
+
+def run_command(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.argv", ["unimodal", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    return stop.value.code or 0, out, err
+
+
+def test_the_commands_train_and_reconstruct(pictures, tmp_path, monkeypatch, capsys):
+    recipe = make_recipe(pictures, tmp_path, tokenizer=NESTED)
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    folder = tmp_path / "other"
+    code, out, _ = run_command(
+        monkeypatch, capsys, "train-tokenizer", tmp_path / "recipe.yaml",
+        "--set", f"output_dir={folder}", "--set", "max_steps=2",
+    )  # fmt: skip
+    assert code == 0 and str(folder) in out and '"steps": 2' in out
+
+    command = ["reconstruct", "-t", folder, "--out", tmp_path / "out"]
+    two = [pictures / "000.png", pictures / "001.png"]
+    code, out, err = run_command(monkeypatch, capsys, *command, *two, "--num-tokens", 2)
+    assert code == 0, err
+    lines = [line.split("\t") for line in out.splitlines()]
+    assert [line[0] for line in lines] == [str(tmp_path / f"out/00{i}.png") for i in range(2)]
+    assert [len(line[2].split()) for line in lines] == [2, 2]
+    sheet = np.asarray(Image.open(lines[0][0]))
+    assert sheet.shape == (16, 32, 3)
+    assert np.array_equal(sheet[:, :16], np.asarray(Image.open(two[0])))
+
+    broken = tmp_path / "broken.png"
+    broken.write_text("I am a text file")
+    for arguments, message in (
+        ([*command, broken], "broken.png' is not a picture"),
+        (["reconstruct", "-t", tmp_path / "no", two[0]], "there is no folder"),
+        ([*command, two[0], "--num-tokens", 9], "9 codes per picture came"),
+        (["train-tokenizer", tmp_path / "no.yaml"], "no recipe at"),
+        (["train-tokenizer", tmp_path / "recipe.yaml", "--set", "batch=3"], "did you mean"),
+    ):
+        code, _, err = run_command(monkeypatch, capsys, *arguments)
+        assert code == 2
+        assert err.startswith("error: ") and err.count("\n") == 1 and message in err
