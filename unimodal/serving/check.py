@@ -120,7 +120,7 @@ def check_identical(
     out: str | Path | None = None,
     log: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Draw and caption greedily through a real server and through transformers, and compare the ids.
+    """Draw and caption greedily through a real server and through transformers; compare the ids.
 
     Args:
         folder: a merged model.
@@ -135,7 +135,8 @@ def check_identical(
     Returns:
         ``{"prompts": n, "identical": m, "draw": {...}, "caption": {...}, "different": [...],
         "vllm": version, "seconds": {"start": s, "requests": s}}``. ``prompts`` counts drawings and
-        captions; each entry of ``different`` says where the ids part.
+        captions; one is identical if the ids of its prompt and of its reply are. Each entry of
+        ``different`` says where they part, counted from the prompt's first id.
 
     Raises:
         ServingError: no server could be started, or it answered with an error.
@@ -175,12 +176,14 @@ def compare(
     if drawing is not None and pictures:
         with atomic_write(drawing) as temporary:
             pictures[0].save(temporary, "PNG")
-    drawn = [answer["data"][0]["token_ids"] for answer in answers]
-    expected = _draw_here(model, [answer["prompt_token_ids"] for answer in answers], guidance)
+    drawn = [answer["prompt_token_ids"] + answer["data"][0]["token_ids"] for answer in answers]
+    expected = [_draw_here(model, prompt, guidance) for prompt in prompts]
     shown = [open_image(image) for image in images] if images is not None else pictures
     captions = [_caption(server, model, image) for image in shown]
-    captioned = [answer["choices"][0]["token_ids"] for answer in captions]
-    wanted = _caption_here(model, [answer["prompt_token_ids"] for answer in captions])
+    captioned = [
+        answer["prompt_token_ids"] + answer["choices"][0]["token_ids"] for answer in captions
+    ]
+    wanted = [_caption_here(model, image) for image in shown]
     different = [
         {"direction": direction, "index": index, "position": position}
         for direction, ours, theirs in (
@@ -215,20 +218,17 @@ def _draw(server: Server, prompt: str, guidance: float) -> dict[str, Any]:
     return server.post("/v1/images/generations", body)
 
 
-def _draw_here(model: Unimodal, prompts: list[list[int]], guidance: float) -> list[list[int]]:
+def _draw_here(model: Unimodal, prompt: str, guidance: float) -> list[int]:
+    processor = model.processor
     settings = SamplingSettings(image_temperature=0, guidance=guidance)
-    unwanted = model.processor.render(model.processor.draw_messages(""), add_generation_prompt=True)
-    return [
-        generate(
-            model.model,
-            model.processor,
-            [prompt],
-            settings,
-            mode="image",
-            negative_prompts=[unwanted.input_ids],
-        )[0]
-        for prompt in prompts
-    ]
+    ids, unwanted = (
+        processor.render(processor.draw_messages(text), add_generation_prompt=True).input_ids
+        for text in (prompt, "")
+    )
+    [reply] = generate(
+        model.model, processor, [ids], settings, mode="image", negative_prompts=[unwanted]
+    )
+    return ids + reply
 
 
 def _caption(server: Server, model: Unimodal, image: Image.Image) -> dict[str, Any]:
@@ -243,12 +243,13 @@ def _caption(server: Server, model: Unimodal, image: Image.Image) -> dict[str, A
     return server.post("/v1/chat/completions", body)
 
 
-def _caption_here(model: Unimodal, prompts: list[list[int]]) -> list[list[int]]:
+def _caption_here(model: Unimodal, image: Image.Image) -> list[int]:
+    processor = model.processor
+    messages = processor.caption_messages(image)
+    ids = processor.render(messages, add_generation_prompt=True).input_ids
     settings = SamplingSettings(max_new_tokens=CAPTION_TOKENS)
-    return [
-        generate(model.model, model.processor, [prompt], settings, mode="text")[0]
-        for prompt in prompts
-    ]
+    [reply] = generate(model.model, processor, [ids], settings, mode="text")
+    return ids + reply
 
 
 def _first_difference(one: list[int], other: list[int]) -> int | None:
