@@ -112,8 +112,8 @@ def test_files_that_are_no_model_are_refused(model, tmp_path):
 
 
 def test_frequent_words_are_one_piece(trained):
-    pieces = trained[0].tokenize("A small red circle is left of a blue star")
-    assert pieces == ["A", *(f"▁{w}" for w in "small red circle is left of a blue star".split())]
+    sentence = "A small red circle is left of a blue star"
+    assert trained[0].tokenize(sentence) == sentence.replace(" ", " ▁").split()
 
 
 @settings(max_examples=150, deadline=None)
@@ -183,7 +183,7 @@ def test_texts_are_read_from_lines_and_json(tmp_path):
     files = [tmp_path / "a.txt", tmp_path / "b.jsonl"]
     assert list(read_texts(files)) == ["one", "two é", "three", "four"]
     (tmp_path / "c.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
-    with pytest.raises(DataError, match="c.jsonl line 2"):
+    with pytest.raises(DataError, match=r"c\.jsonl line 2"):
         list(read_texts([tmp_path / "c.jsonl"]))
     (tmp_path / "d.txt").write_bytes(b"\xff\xfe\xff")
     for name in ("d.txt", "missing.txt"):

@@ -91,7 +91,7 @@ def test_messages_name_the_value_and_the_range():
         ONE.to_token_ids(torch.tensor([3, 16]))
     with pytest.raises(VocabularyError, match="token id 1001; expected 1002 to 1017"):
         ONE.to_codes([1001, 1002])
-    with pytest.raises(VocabularyError, match="expected \\(..., length, 3\\)"):
+    with pytest.raises(VocabularyError, match=r"expected \(\.\.\., length, 3\)"):
         THREE.to_token_ids([1, 2])
     with pytest.raises(VocabularyError, match="multiple of the 3 codebooks"):
         THREE.to_codes([1002, 1018])
@@ -273,7 +273,7 @@ def test_tokenizers_that_do_not_fit_are_refused():
     with pytest.raises(VocabularyError, match="expected one of added, base"):
         extend_tokenizer(qwen_tokenizer(), toy_extension(), "special")
     unigram = Tokenizer(Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
-    with pytest.raises(VocabularyError, match='a Unigram model; .*Use "added"'):
+    with pytest.raises(VocabularyError, match=r'a Unigram model; .*Use "added"'):
         extend_tokenizer(PreTrainedTokenizerFast(tokenizer_object=unigram), toy_extension(), "base")
     from transformers import ByT5Tokenizer
 
