@@ -36,7 +36,7 @@ def _options(debug: Debug = False) -> None:
 
 @app.command("train-tokenizer")
 def train_tokenizer(
-    config: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file.")],
+    config: Annotated[Path, typer.Option(metavar="RECIPE", help="A YAML file.")],
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Change a field; as often as you like."),
@@ -51,9 +51,9 @@ def train_tokenizer(
 
     **Examples**
 
-    `unimodal train-tokenizer tokenizer.yaml`
+    `unimodal train-tokenizer --config tokenizer.yaml`
 
-    `unimodal train-tokenizer tokenizer.yaml --set max_steps=4000 --set tokenizer.patch_local=true`
+    `unimodal train-tokenizer --config tokenizer.yaml --set tokenizer.patch_local=true`
     """
     from training.image_tokenizer import TokenizerRecipe, train_image_tokenizer
     from training.recipes import load_recipe
@@ -116,7 +116,7 @@ def reconstruct(
         error = np.square(given.astype(float) - made).mean()
         psnr = 10 * np.log10(255**2 / error) if error else float("inf")
         path = out / f"{picture.stem}.png"
-        while path in taken:
+        while path in taken or path.resolve() == picture.resolve():
             path = path.with_name(f"{path.stem}_.png")
         taken.add(path)
         with atomic_write(path) as temporary:
@@ -459,6 +459,10 @@ def chat(
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of the first reply; counts up. Default: a new one.")
     ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Longest reply, in tokens, codes of pictures included."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where pictures are written.")] = Path("drawings"),
     adapter: Adapter = None,
     device: Device = None,
@@ -468,7 +472,8 @@ def chat(
 
     `/image PATH` puts a picture into your next message; the model's pictures are written as files,
     their paths are printed, and kitty, iTerm2 and colour terminals show them. `/help` lists the
-    commands, `/quit` or Ctrl-D leaves. Lines may also come from a pipe.
+    commands, `/quit` or Ctrl-D leaves. Lines may also come from a pipe; then the first error ends
+    it.
 
     **Examples**
 
@@ -497,6 +502,7 @@ def chat(
             "image_temperature": image_temperature,
             "image_top_k": image_top_k,
             "budget": budget,
+            "max_new_tokens": max_new_tokens,
         },
         images=modes[images],  # type: ignore[arg-type]
         seed=secrets.randbits(31) if seed is None else seed,
@@ -505,7 +511,7 @@ def chat(
     )
     if sys.stdin.isatty():
         typer.echo(f"{model}: write a message, or /help.")
-    session.run(read_lines())
+    session.run(read_lines(), stop_at_error=not sys.stdin.isatty())
 
 
 def _load(model: str, adapter: str | None, device: str | None, dtype: str | None) -> Any:
@@ -534,6 +540,148 @@ def _load(model: str, adapter: str | None, device: str | None, dtype: str | None
 
 
 # --- data and training ----------------------------------------------------------------------------
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="NAME=VALUE", help="Override a field, e.g. `optimizer.learning_rate=1e-4`."
+    ),
+]
+Resume = Annotated[
+    str,
+    typer.Option(
+        help="`auto`: go on from the last checkpoint in output_dir. `never`: start over, and remove "
+        "the earlier run."
+    ),
+]
+
+
+@app.command()
+def encode(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder with metadata.jsonl, Parquet, a chat .jsonl, or a hub data set's id."
+        ),
+    ],
+    image_tokenizer: Annotated[
+        str,
+        typer.Option(metavar="DIR", help="An image tokenizer, or a merged model that holds one."),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The code cache to write.")],
+    split: Annotated[str, typer.Option(help="Which split of the data.")] = "train",
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OURS=THEIRS", help="Name a column, e.g. `image=jpg` or `captions=txt`."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures encoded at once.")] = 64,
+    bf16: Annotated[
+        bool, typer.Option(help="Encode in bfloat16: faster on a GPU, a few codes differ.")
+    ] = False,
+    device: Device = None,
+) -> None:
+    """Encode captioned pictures once, for training: the code cache.
+
+    Rows that cannot be used are named, counted and listed in `skipped.jsonl`. A build that was
+    stopped goes on when the same command runs again. docs/data_formats.md shows the formats.
+
+        unimodal encode my-pictures --image-tokenizer my-model --out runs/codes
+    """
+    import torch
+
+    from tokenizer_hf.errors import ConfigurationError
+    from training.data.code_cache import build_cache
+    from training.data.sources import open_source
+
+    columns = dict(pair.split("=", 1) for pair in column or [] if "=" in pair)
+    if len(columns) != len(column or []):
+        raise ConfigurationError(f"--column takes ours=theirs, got {column}")
+    cache = build_cache(
+        open_source(source, split=split, columns=columns),
+        image_tokenizer,
+        out,
+        batch_size=batch_size,
+        bf16=bf16,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    print(f"{out}: {len(cache)} rows, {cache.manifest.skipped} skipped")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Option(metavar="YAML", help="The recipe.")],
+    settings: Settings = None,
+    resume: Resume = "auto",
+) -> None:
+    """Teach a merged model both directions, by LoRA, QLoRA or full tuning.
+
+    Recipes to start from are in training/recipes/. The result is an ordinary PEFT adapter (in mode
+    full a model folder); losses by direction are in `metrics.jsonl` and TensorBoard. Ctrl-C saves;
+    the same command goes on.
+
+        unimodal train --config training/recipes/lora.yaml --set model=my-model
+    """
+    from training.language_model import train as run
+    from training.recipes import LanguageModelRecipe, load_recipe
+
+    recipe = load_recipe(LanguageModelRecipe, config, settings or ())
+    print(run(recipe, resume=_resumes(resume)))
+
+
+@app.command()
+def train_text_model(
+    config: Annotated[Path, typer.Option(metavar="YAML", help="The recipe.")],
+    settings: Settings = None,
+    resume: Resume = "auto",
+) -> None:
+    """Train a small text LLM from scratch, to be merged with an image tokenizer.
+
+    unimodal train-text-model --config training/recipes/text_model.yaml
+    """
+    from training.recipes import TextModelRecipe, load_recipe
+    from training.text_model import train_text_model as run
+
+    recipe = load_recipe(TextModelRecipe, config, settings or ())
+    print(run(recipe, resume=_resumes(resume)))
+
+
+@app.command()
+def merge_adapter(
+    adapter: Annotated[Path, typer.Argument(help="The output_dir of `unimodal train`.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The plain model folder to write.")],
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="The merged base, if it is not where the adapter says."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the saved weights: `auto` (the base's), `float32`, `bfloat16`.")
+    ] = "auto",
+) -> None:
+    """Fold an adapter into a plain model folder, and check that it is the same model.
+
+    An adapter of mode qlora is folded into the unquantised base, which is not quite what it was
+    trained on: evaluate the result.
+
+        unimodal merge-adapter runs/lora --out my-tuned-model
+    """
+    from training.adapters import merge_adapter as run
+
+    result = run(adapter, out, base=base, dtype=dtype)
+    print(
+        f"{result.folder}: logits differ by at most {result.max_logit_difference:.1e} "
+        f"(largest logit {result.max_logit:.1f})"
+    )
+
+
+def _resumes(resume: str) -> bool:
+    from tokenizer_hf.errors import ConfigurationError
+
+    if resume not in ("auto", "never"):
+        raise ConfigurationError(f"--resume takes auto or never, got {resume!r}")
+    return resume == "auto"
+
 
 # --- evaluation and report ------------------------------------------------------------------------
 

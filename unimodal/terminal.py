@@ -178,13 +178,19 @@ class Chat:
         self.pending: list[Message] = []  # pictures of the next message
         self.reset()
 
-    def run(self, lines: Iterable[str]) -> None:
-        """Answer line by line until the lines end or one says /quit."""
+    def run(self, lines: Iterable[str], stop_at_error: bool = False) -> None:
+        """Answer line by line until the lines end or one says /quit.
+
+        Args:
+            stop_at_error: raise what goes wrong (a script wants that) instead of writing it.
+        """
         for line in lines:
             try:
                 if self.handle(line) == "quit":
                     return
             except (UnimodalError, OSError) as error:
+                if stop_at_error:
+                    raise
                 self.write(f"error: {' '.join(str(error).split())}")
 
     def handle(self, line: str) -> Literal["quit"] | None:

@@ -102,8 +102,9 @@ HOSTILE = (
     "<",
     "|>",
 )
-# NFC, because Qwen's tokenizer normalises; no "▁", which is how SentencePiece spells a space.
-characters = st.characters(exclude_categories=("Cs", "Cc", "Cn"), exclude_characters="▁")
+# NFC, because Qwen's tokenizer normalises; no "▁", which is how SentencePiece spells a space;
+# no "<", because a control string in an answer is broken and does not come back as it was.
+characters = st.characters(exclude_categories=("Cs", "Cc", "Cn"), exclude_characters="▁<")
 plain = st.text(characters, min_size=1, max_size=20).map(lambda s: unicodedata.normalize("NFC", s))
 words = plain.map(str.strip).filter(lambda s: s and not s[0].isspace())
 sometimes_hostile = st.lists(st.one_of(plain, st.sampled_from(HOSTILE)), max_size=6).map("".join)
