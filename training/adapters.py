@@ -1,6 +1,7 @@
 """Adapters: LoRA on the linear layers plus the new rows, and folding them into a plain folder."""
 
 import json
+import logging
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +18,10 @@ from tokenizer_hf.errors import CheckpointError, ConfigurationError, MismatchErr
 from tokenizer_hf.files import atomic_folder
 from tokenizer_hf.vocabulary import ImageVocabulary
 from training.recipes import LoraRecipe
-from training.runs import RUN_FILE
+from training.runs import RUN_FILE, digest
 from unimodal.merge import find_folder
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth")
 RUN_FILES = ("adapter_config.json", "recipe.yaml", "metrics.jsonl", RUN_FILE, "trainer_state.json")
@@ -233,7 +236,15 @@ def _require_same_vocabulary(adapter: Path, base: Path, vocabulary: ImageVocabul
     """Compare with what the training run wrote down; an adapter of elsewhere has no such file."""
     file = adapter / RUN_FILE
     if file.is_file():
-        trained = json.loads(file.read_text(encoding="utf-8")).get("image_vocabulary")
+        run = json.loads(file.read_text(encoding="utf-8"))
+        weights = digest(sorted(base.glob("*.safetensors")))
+        if run.get("identity", {}).get("model", weights) != weights:
+            logger.warning(
+                "the weights of %s are not those that the adapter was trained on (another dtype or "
+                "other shards are fine; another model is not)",
+                base,
+            )
+        trained = run.get("image_vocabulary")
         if trained is not None and trained != json.loads(json.dumps(vocabulary.to_dict())):
             raise MismatchError(
                 f"the adapter {adapter} was trained with the image tokenizer "

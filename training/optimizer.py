@@ -89,6 +89,7 @@ class MuonAdamW(torch.optim.AdamW):
             for parameter in parameters:
                 state = self.state[parameter]
                 if "momentum" not in state:
+                    state["step"] = torch.zeros(())  # AdamW looks for it when a state is loaded
                     state["momentum"] = torch.zeros_like(parameter)
                 gradient: Any = parameter.grad
                 state["momentum"].lerp_(gradient, 1 - MUON_MOMENTUM)
