@@ -21,10 +21,10 @@ from transformers.utils.generic import ModelOutput
 from tokenizer_hf.configuration_image_tokenizer import ImageTokenizerConfig
 from tokenizer_hf.decoders.conv import ConvDecoder, PatchDecoder
 from tokenizer_hf.decoders.vit import VitDecoder
-from tokenizer_hf.encoders.blocks import ConvBlock, PatchBlock
+from tokenizer_hf.encoders.blocks import ConvBlock, PatchBlock, cut_into_patches
 from tokenizer_hf.encoders.conv import ConvEncoder, PatchEncoder
 from tokenizer_hf.encoders.vit import TransformerBlock, VitEncoder
-from tokenizer_hf.errors import CheckpointError, CodeError, UnimodalError
+from tokenizer_hf.errors import CheckpointError, CodeError, ConfigurationError, UnimodalError
 from tokenizer_hf.image_processing_image_tokenizer import ImageTokenizerImageProcessor
 from tokenizer_hf.quantizers.fsq import FiniteScalarQuantizer
 from tokenizer_hf.quantizers.vq import VectorQuantizer
@@ -174,6 +174,47 @@ class ImageTokenizer(PreTrainedModel):
             reconstruction=reconstruction,
             codes=quantized.codes[:, :length],
         )
+
+    @torch.no_grad()
+    def start_from_principal_components(self, pixel_values: Tensor) -> None:
+        """Make a new ``patch_local`` tokenizer, but for its codes, an exact linear autoencoder.
+
+        The encoder's latents become the principal components of the pictures' patches, scaled so
+        that all of them together have variance ``codebook_dim``, and the decoder their inverse. The
+        residual blocks start at zero, so the codebook is at first placed on the patches themselves
+        and training refines from there. What it saves: on the embedded world 98 % of
+        reconstructions are right after 100 steps, against none (docs/learning.md).
+
+        Args:
+            pixel_values: (B, 3, image_size, image_size) in [-1, 1]; a few hundred pictures or more.
+
+        Raises:
+            ConfigurationError: the tokenizer is not ``patch_local`` on both sides, or its bodies
+                are narrower than ``codebook_dim``.
+        """
+        encoder, decoder, D = self.encoder, self.decoder, self.config.codebook_dim
+        if not isinstance(encoder, PatchEncoder) or not isinstance(decoder, PatchDecoder):
+            raise ConfigurationError("principal components are a start for patch_local bodies only")
+        if min(encoder.output_dim, encoder.embed.in_features) < D:
+            raise ConfigurationError(
+                f"codebook_dim is {D}, more than the width {encoder.output_dim} of the bodies or "
+                f"the {encoder.embed.in_features} values of a patch"
+            )
+        patches = cut_into_patches(pixel_values.float(), encoder.side).flatten(0, 1)
+        mean = patches.mean(0)
+        covariance = (patches - mean).T @ (patches - mean) / len(patches)
+        variances, directions = torch.linalg.eigh(covariance)
+        directions = directions.flip(1)[:, :D]
+        scale = (D / variances.flip(0)[:D].sum().clamp_min(1e-12)).sqrt()
+        for layer in (encoder.embed, self.pre_quant, self.post_quant, decoder.paint):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        encoder.embed.weight[:D] = scale * directions.T
+        encoder.embed.bias[:D] = -scale * (directions.T @ mean)
+        self.pre_quant.weight[:, :D] = torch.eye(D)
+        self.post_quant.weight[:D] = torch.eye(D)
+        decoder.paint.weight[:, :D] = directions / scale
+        decoder.paint.bias.copy_(mean)
 
     def code_vectors(self) -> Tensor:
         """(codebook_size, codebook_dim) float32: the VQ codebook, or the grid points of FSQ."""

@@ -154,6 +154,8 @@ def train_sentencepiece(
 def read_texts(files: Iterable[str | Path]) -> Iterator[str]:
     """The texts of ``.txt`` files (one a line) and ``.jsonl`` files (``text``, or ``messages``).
 
+    The roles of messages count as texts, since every chat template spells them.
+
     Raises:
         DataError: a file that is missing or no UTF-8, or a line without text; with file and line.
     """
@@ -170,7 +172,8 @@ def read_texts(files: Iterable[str | Path]) -> Iterator[str]:
                 continue
             try:
                 row = json.loads(line)
-                given = [row["text"]] if "text" in row else [m["content"] for m in row["messages"]]
+                chat = () if "text" in row else row["messages"]
+                given = [text for m in chat for text in (m["role"], m["content"])] or [row["text"]]
                 if not all(isinstance(text, str) for text in given):
                     raise TypeError("content is no string")
             except (ValueError, KeyError, TypeError) as error:

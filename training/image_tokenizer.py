@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 MEMORY_LIMIT_BYTES = 2**30
 GRID_PICTURES = 8
+START_PICTURES = 2048
 FREE_FIELDS = (  # may differ when a run goes on; of the pictures, a checksum is compared instead
     "data",
     "held_out_data",
@@ -77,6 +78,9 @@ class TokenizerRecipe:
     """Passed on to ImageTokenizerConfig."""
     image_processor: dict[str, Any] = field(default_factory=dict)
     """Passed on to ImageTokenizerImageProcessor; its size is the tokenizer's."""
+    start: Literal["random", "principal_components"] = "random"
+    """How the weights begin; "principal_components": see
+    :meth:`ImageTokenizer.start_from_principal_components`, for ``patch_local`` tokenizers."""
     max_steps: int = 2000
     batch_size: int = 32
     learning_rate: float = 1e-3
@@ -190,6 +194,9 @@ class _Run:
             self.precision = "bfloat16" if bf16_is_faster(self.device) else "float32"
         torch.manual_seed(recipe.seed)
         self.model = ImageTokenizer(config)
+        if recipe.start == "principal_components":
+            first = picture_indices(len(rows), min(len(rows), START_PICTURES), recipe.seed, 0)
+            self.model.start_from_principal_components(to_pixel_values(pictures[rows[first]]))
         self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[arg-type]
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(

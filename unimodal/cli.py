@@ -716,6 +716,87 @@ def shapes(
     typer.echo(f"{n} training pictures of level {level} in {folder}")
 
 
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="A merged and trained model: folder or hub id.")],
+    base_llm: Annotated[str, typer.Option(help="The text LLM before the merge.")],
+    world: Annotated[
+        str,
+        typer.Option(help="A world of `unimodal shapes`; or any captioned held-out pictures."),
+    ],
+    out: Annotated[Path, typer.Option(help="The report's JSON; samples.json comes beside it.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="Drawings of each category.")] = 100,
+    pictures: Annotated[
+        int, typer.Option(min=1, help="Held-out pictures to reconstruct and caption.")
+    ] = 200,
+    texts: Annotated[int, typer.Option(min=1, help="Held-out texts for perplexity and KL.")] = 400,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="JSONL of held-out text (default: the world's); may come several times."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the prompts and the drawings.")] = 0,
+    guidance: Annotated[float, typer.Option(help="Of the drawings; 1 is off.")] = 3.0,
+    temperature: Annotated[float, typer.Option(help="Of the image codes; 0 is greedy.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Keep the likeliest codes only.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+) -> None:
+    """Measure a model: reconstruction, drawing by category, captions, answers, text, spans.
+
+    Every score comes with the number of things it was measured on and a 95 % interval. Drawings are
+    judged from their pixels by an exact parser. docs/report_schema.md describes the JSON;
+    `unimodal report` makes a page of it.
+
+    **Example:** `unimodal evaluate --model runs/demo/model --base-llm runs/demo/text_model
+    --world runs/demo/world --out runs/demo/report.json`
+    """
+    from eval.evaluate import Captioned, EvaluationSettings
+    from eval.evaluate import evaluate as run
+    from eval.shapes.world import MANIFEST
+
+    settings = EvaluationSettings(
+        n=n,
+        pictures=pictures,
+        texts=texts,
+        seed=seed,
+        guidance=guidance,
+        temperature=temperature,
+        top_k=top_k,
+    )
+    held_out: str | list[Captioned] = world
+    if not (Path(world) / MANIFEST).exists():
+        from itertools import islice
+
+        from training.data.sources import open_source
+
+        held_out = [
+            Captioned(row.image, row.captions, row.questions)
+            for row in islice(open_source(world, split="validation"), settings.pictures)
+            if row.image is not None
+        ]
+    report = run(
+        model, base_llm, held_out, out, settings=settings, text_files=text, device=device
+    )
+    for name, score in report.get("draw", {}).items():
+        typer.echo(f"draw {name:<9} {100 * (score['score'] or 0):5.1f} %  n = {score['n']}")
+    typer.echo(f"written: {out}")
+
+
+@app.command("report")
+def report_command(
+    folder: Annotated[Path, typer.Argument(help="Holds the report.json of `unimodal evaluate`.")],
+) -> None:
+    """Make report.md and one self-contained report.html of a report.json.
+
+    The losses of every training below the folder are drawn too.
+
+    **Example:** `unimodal report runs/demo`
+    """
+    from eval.report import write_report
+
+    for path in write_report(folder):
+        typer.echo(path)
+
+
 # --- serving --------------------------------------------------------------------------------------
 
 
@@ -788,6 +869,48 @@ def serve_check(
 
 
 # --- demo and bench -------------------------------------------------------------------------------
+
+
+@app.command()
+def demo(
+    config: Annotated[
+        str,
+        typer.Option(metavar="FILE", help="The walk's recipe: a YAML file, or `demo` or `emoji`."),
+    ] = "demo",
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to write. Default: `runs/<config>`.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the world, the trainings, the drawings.")] = 0,
+    stop_after: Annotated[
+        str | None, typer.Option(metavar="STAGE", help="Stop when this stage is done.")
+    ] = None,
+) -> None:
+    """The whole job on this machine: pictures with captions in, a model that sees and draws out.
+
+    Trains a small image tokenizer and a small text model for a world of coloured shapes, makes the
+    image codes words of the model, tunes it by LoRA to caption and to draw, measures it, draws,
+    captions, serves it through vLLM, and writes a report. Each stage prints the command that does
+    the same alone. Killed, and started again, it goes on where it stopped.
+
+    **Examples**
+
+    `unimodal demo`
+
+    `unimodal demo --seed 1 --out runs/seed1`
+    """
+    from training.demo import load_demo_recipe, run_demo
+
+    folder = run_demo(
+        load_demo_recipe(config),
+        out or Path("runs") / Path(config).stem,
+        seed=seed,
+        stop_after=stop_after,
+    )
+    if stop_after is None:
+        typer.echo(f"\n{(folder / 'report.md').read_text(encoding='utf-8')}")
+        typer.echo(f"pictures  {folder / 'drawings'}")
+        typer.echo(f"report    {folder / 'report.html'}")
+
 
 bench = typer.Typer(
     name="bench", help="Measure what things cost on this machine.", no_args_is_help=True

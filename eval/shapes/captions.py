@@ -250,27 +250,19 @@ def _plainly(answer: str, distance: float) -> bool:
 
 
 def board_text(scene: Scene) -> str:
-    """The 4×4 board row by row, one phrase a cell, the rows separated by commas.
+    """The 4×4 board in words, cell by cell in reading order, as a picture's codes go.
 
-    An empty cell is the background's word, a small object "red star", a quarter of a large one
-    "large red star top left". For example "white white red star white, white white white white, …".
+    An empty cell is the background's word, a small object "small red star", and each of the four
+    cells of a large one "large red star". For example "white white small red star white ...".
 
     Raises:
         DataError: the scene is not of level `board`.
     """
     cells = board_cells(scene)
-    rows = []
-    for row in range(4):
-        phrases = []
-        for column in range(4):
-            if (row, column) not in cells:
-                phrases.append(scene.background)
-                continue
-            o, quadrant = cells[row, column]
-            name = f"{o.colour} {o.shape}"
-            phrases.append(f"large {name} {quadrant}" if quadrant else name)
-        rows.append(" ".join(phrases))
-    return ", ".join(rows)
+    phrases = [scene.background] * 16
+    for (row, column), (o, _) in cells.items():
+        phrases[4 * row + column] = f"{o.size} {o.colour} {o.shape}"
+    return " ".join(phrases)
 
 
 TEXT_KINDS = (
@@ -280,6 +272,7 @@ TEXT_KINDS = (
     "caption",
     "question_about_caption",
 )
+_KIND_WEIGHTS = (8, 8, 2, 1, 1)
 
 
 def world_text_messages(
@@ -298,16 +291,16 @@ def world_text_messages(
     Raises:
         DataError: a board is asked for and the scene does not stand on one.
     """
-    kind = kind or rng.choice(TEXT_KINDS)
+    kind = kind or rng.choices(TEXT_KINDS, _KIND_WEIGHTS)[0]
     if kind == "caption_of_board":
-        user, assistant = f"Describe the board: {board_text(scene)}", captions(scene, rng)
+        user, assistant = f"{board_text(scene)} describe", captions(scene, rng)
     elif kind == "board_of_caption":
-        user, assistant = f"Draw in words: {captions(scene, rng)}", board_text(scene)
+        user, assistant = f"draw in words {captions(scene, rng)}", board_text(scene)
     elif kind == "question_about_board":
         question, assistant = questions(scene, rng, 1)[0]
-        user = f"{board_text(scene)}. {question}"
+        user = f"{board_text(scene)} {question}"
     elif kind == "caption":
-        user, assistant = "Say what a picture could show.", captions(scene, rng)
+        user, assistant = "describe", captions(scene, rng)
     elif kind == "question_about_caption":
         text, question, assistant = _caption_that_answers(scene, rng)
         user = f"{text}. {question}"

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from eval.shapes.captions import (
-    TEXT_KINDS,
     board_text,
     captions,
     questions,
@@ -227,6 +226,6 @@ def _text_row(scene: Scene, rng: random.Random, level: Level) -> dict[str, str]:
 
 
 def _chat_row(scene: Scene, rng: random.Random, level: Level) -> dict[str, Any]:
-    kinds = TEXT_KINDS if level == "board" else _FREE_KINDS
-    kind, messages = world_text_messages(scene, rng, rng.choice(kinds))
+    wanted = None if level == "board" else rng.choice(_FREE_KINDS)
+    kind, messages = world_text_messages(scene, rng, wanted)
     return {"messages": messages, "kind": kind}

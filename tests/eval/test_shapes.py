@@ -282,9 +282,8 @@ def test_board_text() -> None:
         (_object("star", "red", "small", 40, 8), _object("heart", "pink", "large", 16, 48)),
     )
     assert board_text(scene) == (
-        "white white red star white, white white white white, "
-        "large pink heart top left large pink heart top right white white, "
-        "large pink heart bottom left large pink heart bottom right white white"
+        "white white small red star white white white white white "
+        "large pink heart large pink heart white white large pink heart large pink heart white white"
     )
     scenes = set(_scenes(500, 13))
     assert len({board_text(s) for s in scenes}) == len(scenes)  # nothing is lost
@@ -304,10 +303,15 @@ def test_text_messages() -> None:
             assert board_text(scene) in user
             assert satisfies(scene, parse_caption(assistant) or Requirement(()))
         elif kind == "board_of_caption":
-            assert satisfies(scene, parse_caption(user.split(": ", 1)[1]) or Requirement(()))
+            assert satisfies(
+                scene, parse_caption(user.removeprefix("draw in words ")) or Requirement(())
+            )
             assert assistant == board_text(scene)
         elif kind.startswith("question"):
-            _check_answer(scene, user.rsplit(". ", 1)[1], assistant)
+            about = (
+                board_text(scene) if kind == "question_about_board" else user.split(".")[0] + "."
+            )
+            _check_answer(scene, user.removeprefix(about).strip(), assistant)
         json.dumps(messages)
     assert seen == set(TEXT_KINDS)
 

@@ -181,7 +181,7 @@ def test_texts_are_read_from_lines_and_json(tmp_path):
     rows = [{"text": "three"}, {"messages": [{"role": "user", "content": "four"}]}]
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
     files = [tmp_path / "a.txt", tmp_path / "b.jsonl"]
-    assert list(read_texts(files)) == ["one", "two é", "three", "four"]
+    assert list(read_texts(files)) == ["one", "two é", "three", "user", "four"]
     (tmp_path / "c.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
     with pytest.raises(DataError, match=r"c\.jsonl line 2"):
         list(read_texts([tmp_path / "c.jsonl"]))

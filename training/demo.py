@@ -1,0 +1,423 @@
+"""`unimodal demo`: the whole walk, stage by stage, each stage a command that can be run alone.
+
+    pictures with captions -> image tokenizer -> vocabulary extension -> merge with a text LLM
+    -> LoRA in both directions -> scores, drawings, captions, a real vLLM server -> report
+
+A finished stage is not run again: kill the demo and start it again, and it goes on from the last
+finished stage, and inside a training from its last checkpoint. What is trained, on what and for how
+long stands in one YAML file (`training/recipes/demo.yaml`); the same walk over other pictures is
+another file (`training/recipes/emoji.yaml`), and no other code.
+"""
+
+import dataclasses
+import json
+import os
+import resource
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tokenizer_hf.errors import ConfigurationError
+from tokenizer_hf.files import atomic_write
+
+RECIPES = Path(__file__).parent / "recipes"
+STATE = "demo.json"
+
+
+@dataclass(kw_only=True)
+class DemoRecipe:
+    """What a walk consists of. Every block holds the settings of one command."""
+
+    shapes: dict[str, Any] | None = None
+    """`unimodal shapes`: write the embedded world. None: ``pictures`` and ``text`` say what is there."""
+    pictures: dict[str, str] = field(default_factory=dict)
+    """{"train": ..., "validation": ...}: imagefolders, Parquet, hub ids."""
+    text: dict[str, list[str]] = field(default_factory=dict)
+    """{"train": [...], "validation": [...]}: JSONL files of the text model and the text replay."""
+    image_tokenizer: dict[str, Any] = field(default_factory=dict)
+    text_tokenizer: dict[str, Any] = field(default_factory=dict)
+    text_model: dict[str, Any] = field(default_factory=dict)
+    llm: str | None = None
+    """Folder or hub id of a text LLM; None: train a small one (text_tokenizer, text_model)."""
+    merge: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
+    evaluate: dict[str, Any] = field(default_factory=dict)
+    draw: list[str] = field(default_factory=list)
+    """Prompts that are drawn at the end, into ``drawings/``."""
+    serve_check: dict[str, Any] | None = field(default_factory=dict)
+    """The comparison with a real vLLM server. None: leave it out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One step: its name, the command that does the same alone, and the function."""
+
+    name: str
+    command: str
+    run: Callable[[], Any]
+
+
+def load_demo_recipe(path: str | Path) -> DemoRecipe:
+    """Read a recipe, by path or by the name of one that comes with the package.
+
+    Raises:
+        ConfigurationError: no such file, or fields that nobody knows.
+    """
+    file = Path(path)
+    if not file.exists() and (RECIPES / f"{path}.yaml").exists():
+        file = RECIPES / f"{path}.yaml"
+    from training.recipes import load_recipe
+
+    return load_recipe(DemoRecipe, file)
+
+
+def run_demo(
+    recipe: DemoRecipe, out: str | Path, *, seed: int = 0, stop_after: str | None = None
+) -> Path:
+    """Run every stage that has not finished yet.
+
+    Args:
+        recipe: what to do.
+        out: everything is written here; ``report.html``, ``report.md``, ``report.json`` at last.
+        seed: of the world, of every training and of the drawings.
+        stop_after: name of the stage to end with.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ConfigurationError: ``out`` holds the walk of another recipe or seed.
+        UnimodalError, OSError: of the stage that failed; start again to go on there.
+    """
+    walk = _Walk(recipe, Path(out), seed)
+    names = [stage.name for stage in walk.stages()]
+    if stop_after is not None and stop_after not in names:
+        raise ConfigurationError(f"no stage {stop_after!r}; expected one of {', '.join(names)}")
+    with _MemoryWatch() as memory:
+        for number, stage in enumerate(walk.stages(), start=1):
+            if stage.name not in walk.seconds:
+                print(f"\n[{number}/{len(names)}] {stage.name}\n  $ {stage.command}", flush=True)
+                began = time.monotonic()
+                stage.run()
+                walk.finish(stage.name, time.monotonic() - began, memory.peak_bytes)
+            else:
+                print(f"[{number}/{len(names)}] {stage.name}: done before", flush=True)
+            if stage.name == stop_after:
+                break
+    return walk.out
+
+
+class _Walk:
+    """The folder of a walk: what is where, and which stages are done."""
+
+    def __init__(self, recipe: DemoRecipe, out: Path, seed: int) -> None:
+        self.recipe, self.out, self.seed = recipe, out, seed
+        identity = {"recipe": dataclasses.asdict(recipe), "seed": seed}
+        self.state: dict[str, Any] = {"identity": identity, "seconds": {}, "peak_rss_bytes": 0}
+        file = out / STATE
+        if file.exists():
+            self.state = json.loads(file.read_text(encoding="utf-8"))
+            if self.state["identity"] != json.loads(json.dumps(identity)):
+                from training.recipes import differences
+
+                told = "; ".join(differences(identity, self.state["identity"])[:4])
+                raise ConfigurationError(
+                    f"{out} holds a walk with other settings ({told}); "
+                    "give another --out, or remove that folder"
+                )
+        elif out.exists() and any(out.iterdir()):
+            raise ConfigurationError(f"{out} is not empty and holds no walk; give another --out")
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return self.state["seconds"]
+
+    def finish(self, stage: str, seconds: float, peak_bytes: int) -> None:
+        self.seconds[stage] = round(self.seconds.get(stage, 0) + seconds, 1)
+        self.state["peak_rss_bytes"] = max(self.state["peak_rss_bytes"], peak_bytes)
+        self.out.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.out / STATE) as temporary:
+            temporary.write_text(json.dumps(self.state, indent=2) + "\n", encoding="utf-8")
+
+    def path(self, name: str) -> str:
+        return str(self.out / name)
+
+    def recipe_file(self, name: str, content: dict[str, Any]) -> str:
+        """Write a stage's recipe where its command finds it."""
+        file = self.out / "recipes" / f"{name}.yaml"
+        with atomic_write(file) as temporary:
+            temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        return str(file)
+
+    @property
+    def pictures(self) -> dict[str, str]:
+        if self.recipe.shapes is None:
+            return self.recipe.pictures
+        return {split: self.path(f"world/{split}") for split in ("train", "validation")}
+
+    def text(self, split: str) -> list[str]:
+        if self.recipe.shapes is None:
+            return self.recipe.text[split]
+        return [self.path(f"world/chat/{split}.jsonl")]
+
+    @property
+    def llm(self) -> str:
+        return self.recipe.llm or self.path("text_model")
+
+    def stages(self) -> list[Stage]:
+        r, p = self.recipe, self.path
+        stages = []
+        if r.shapes is not None:
+            n, level = r.shapes["n"], r.shapes.get("level", "board")
+            command = f"unimodal shapes {p('world')} --n {n} --level {level} --seed {self.seed}"
+            stages.append(Stage("shapes", command, self.shapes))
+        stages.append(self.config_stage("image_tokenizer", "train-tokenizer", self.image_tokenizer))
+        command = f"unimodal export-vocabulary {p('image_tokenizer')}"
+        stages.append(Stage("export_vocabulary", command, self.export_vocabulary))
+        if r.llm is None:
+            size = r.text_tokenizer.get("vocab_size", 1024)
+            command = (
+                f"unimodal train-text-tokenizer {' '.join(self.text('train'))} "
+                f"--vocab-size {size} --out {p('text_tokenizer')}"
+            )
+            stages.append(Stage("text_tokenizer", command, self.text_tokenizer))
+            stages.append(self.config_stage("text_model", "train-text-model", self.text_model))
+        command = (
+            f"unimodal encode {self.pictures['train']} --image-tokenizer {p('image_tokenizer')} "
+            f"--out {p('codes')}"
+        )
+        stages.append(Stage("encode", command, self.encode))
+        options = " ".join(
+            f"--{k.replace('_', '-')} '{v}'" for k, v in self.merge_options().items()
+        )
+        command = (
+            f"unimodal merge --llm {self.llm} --image-tokenizer {p('image_tokenizer')} "
+            f"--out {p('merged')} {options}"
+        )
+        stages.append(Stage("merge", command, self.merge))
+        stages.append(self.config_stage("lora", "train", self.lora))
+        command = f"unimodal merge-adapter {p('lora')} --out {p('model')}"
+        stages.append(Stage("merge_adapter", command, self.merge_adapter))
+        return stages + self.measuring_stages()
+
+    def measuring_stages(self) -> list[Stage]:
+        p = self.path
+        command = (
+            f"unimodal evaluate --model {p('model')} --base-llm {self.llm} "
+            f"--world {p('world')} --out {p('report.json')}"
+        )
+        stages = [Stage("evaluate", command, self.evaluate)]
+        if self.recipe.serve_check is not None:
+            command = f"unimodal serve-check --model {p('model')} --out {p('vllm.json')}"
+            stages.append(Stage("vllm", command, self.vllm))
+        prompts = " ".join(f'"{prompt}"' for prompt in self.recipe.draw)
+        command = f"unimodal draw --model {p('model')} --out {p('drawings')} --seed 0 {prompts}"
+        stages.append(Stage("draw", command, self.draw))
+        stages.append(Stage("report", f"unimodal report {self.out}", self.report))
+        return stages
+
+    def config_stage(self, name: str, command: str, run: Callable[[], Any]) -> Stage:
+        file = self.out / "recipes" / f"{name}.yaml"
+        return Stage(name, f"unimodal {command} --config {file}", run)
+
+    # --- the stages -------------------------------------------------------------------------------
+
+    def shapes(self) -> None:
+        from eval.shapes.world import write_world
+
+        write_world(self.path("world"), seed=self.seed, **(self.recipe.shapes or {}))
+
+    def image_tokenizer(self) -> None:
+        from training.image_tokenizer import TokenizerRecipe, train_image_tokenizer
+        from training.recipes import load_recipe
+
+        content = {
+            "data": [self.pictures["train"]],
+            "held_out_data": [self.pictures["validation"]],
+            "output_dir": self.path("image_tokenizer"),
+            "seed": self.seed,
+            **self.recipe.image_tokenizer,
+        }
+        file = self.recipe_file("image_tokenizer", content)
+        train_image_tokenizer(load_recipe(TokenizerRecipe, file))
+
+    def export_vocabulary(self) -> None:
+        from unimodal.merge import export_vocabulary
+
+        for line in export_vocabulary(self.path("image_tokenizer"), None, None, "added"):
+            print(f"  {line}")
+
+    def text_tokenizer(self) -> None:
+        from tokenizer_hf.sentencepiece_vocabulary import read_texts, train_sentencepiece
+
+        texts = read_texts([Path(file) for file in self.text("train")])
+        train_sentencepiece(texts, self.path("text_tokenizer"), **self.recipe.text_tokenizer)
+
+    def text_model(self) -> None:
+        from training.recipes import TextModelRecipe, load_recipe
+        from training.text_model import train_text_model
+
+        content = {
+            "tokenizer": self.path("text_tokenizer"),
+            "output_dir": self.path("text_model"),
+            "text": self.text("train"),
+            **self.recipe.text_model,
+        }
+        content["training"] = {"seed": self.seed, **content.get("training", {})}
+        file = self.recipe_file("text_model", content)
+        train_text_model(load_recipe(TextModelRecipe, file))
+
+    def encode(self) -> None:
+        from training.data.code_cache import build_cache
+
+        build_cache(self.pictures["train"], self.path("image_tokenizer"), self.path("codes"))
+
+    def merge_options(self) -> dict[str, Any]:
+        options = {"seed": self.seed, **self.recipe.merge}
+        if options.get("row_init") == "meaning":
+            options["pairs"] = self.path("codes")
+        return options
+
+    def merge(self) -> None:
+        from unimodal.merge import merge
+
+        merge(self.llm, self.path("image_tokenizer"), self.path("merged"), **self.merge_options())
+
+    def lora(self) -> None:
+        from training.language_model import train
+        from training.recipes import LanguageModelRecipe, load_recipe
+
+        content = {
+            "model": self.path("merged"),
+            "output_dir": self.path("lora"),
+            **self.recipe.lora,
+        }
+        content["data"] = {
+            "caches": [self.path("codes")],
+            "text": self.text("train"),
+            **content.get("data", {}),
+        }
+        content["training"] = {"seed": self.seed, **content.get("training", {})}
+        file = self.recipe_file("lora", content)
+        train(load_recipe(LanguageModelRecipe, file))
+
+    def merge_adapter(self) -> None:
+        from training.adapters import merge_adapter
+
+        merged = merge_adapter(self.path("lora"), self.path("model"))
+        print(f"  largest logit difference to the adapter: {merged.max_logit_difference:.1e}")
+
+    # --- what is measured -------------------------------------------------------------------------
+
+    def evaluate(self) -> None:
+        from eval.evaluate import EvaluationSettings, evaluate
+        from training.data.sources import open_source
+
+        settings = EvaluationSettings(**{"seed": self.seed, **self.recipe.evaluate})
+        held_out: Any = self.path("world")
+        if self.recipe.shapes is None:
+            held_out = list(_captioned(open_source(self.pictures["validation"])))
+        evaluate(
+            self.path("model"),
+            self.llm,
+            held_out,
+            self.path("report.json"),
+            settings=settings,
+            text_files=self.text("validation"),
+        )
+
+    def vllm(self) -> None:
+        from eval.evaluate import update_report
+        from unimodal.serving.check import check_identical
+
+        # In a process of its own, as everywhere: the server is a child that is waited for.
+        result = check_identical(
+            self.path("model"),
+            self.serve_prompts(),
+            drawing=self.path("vllm.png"),
+            out=self.path("vllm.json"),
+            log=self.path("vllm.log"),
+        )
+        print(f"  {result['identical']} of {result['prompts']} replies identical to transformers'")
+        update_report(self.path("report.json"), {"vllm": result})
+
+    def draw(self) -> None:
+        from unimodal.pipeline import Unimodal
+
+        model = Unimodal.from_pretrained(self.path("model"))
+        sampling = {
+            name: self.recipe.evaluate[name]
+            for name in ("guidance", "temperature", "top_k")
+            if name in self.recipe.evaluate
+        }
+        pictures = model.draw(self.recipe.draw, seed=0, **sampling)
+        folder = self.out / "drawings"
+        folder.mkdir(exist_ok=True)
+        captions = model.caption(pictures)
+        for number, (prompt, picture) in enumerate(zip(self.recipe.draw, pictures, strict=True)):
+            file = folder / f"{number:02d}.png"
+            with atomic_write(file) as temporary:
+                picture.save(temporary, "PNG")
+            print(f'  "{prompt}" -> {file} -> "{captions[number]}"')
+
+    def serve_prompts(self) -> list[str]:
+        """Prompts of the validation split: short captions, one a picture."""
+        from training.data.sources import open_source
+
+        wanted = (self.recipe.serve_check or {}).get("prompts", 16)
+        found: list[str] = []
+        for row in open_source(self.pictures["validation"]):
+            if row.captions:
+                found.append(row.captions[0])
+            if len(found) == wanted:
+                break
+        return found
+
+    def report(self) -> None:
+        from eval.evaluate import update_report
+        from eval.report import write_report
+
+        values = {"seconds": self.seconds, "peak_rss_bytes": self.state["peak_rss_bytes"]}
+        update_report(self.path("report.json"), values)
+        write_report(self.out)
+
+
+def _captioned(rows: Any) -> Any:
+    from eval.evaluate import Captioned
+
+    for row in rows:
+        if row.image is not None:
+            yield Captioned(row.image, row.captions, row.questions)
+
+
+class _MemoryWatch:
+    """Watches the memory of this process and of its children, twice a second."""
+
+    def __enter__(self) -> "_MemoryWatch":
+        self.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        import psutil
+
+        me = psutil.Process(os.getpid())
+        while not self._stop.wait(0.5):
+            total = 0
+            for process in (me, *me.children(recursive=True)):
+                try:
+                    total += process.memory_info().rss
+                except psutil.Error:
+                    continue
+            self.peak_bytes = max(self.peak_bytes, total)
