@@ -1,4 +1,4 @@
-"""What tuning did to the text side: perplexity before and after, and how far the models are apart."""
+"""What tuning did to the text: perplexity before and after, and how far apart the models are."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -104,7 +104,7 @@ def _measure(
     whole_log = functional.log_softmax(logits[1], -1)
     text_log = whole_log[..., :num_text_ids]
     tuned_log = text_log - text_log.logsumexp(-1, keepdim=True)
-    kl = (base_log.exp() * (base_log - tuned_log)).sum(-1)
+    kl = (base_log.exp() * (base_log - tuned_log)).sum(-1).clamp(min=0)
     loss_base = -base_log.gather(-1, target[..., None])[..., 0]
     loss_tuned = -whole_log.gather(-1, target[..., None])[..., 0]
     image_mass = whole_log[..., num_text_ids:].exp().sum(-1)

@@ -773,9 +773,7 @@ def evaluate(
             for row in islice(open_source(world, split="validation"), settings.pictures)
             if row.image is not None
         ]
-    report = run(
-        model, base_llm, held_out, out, settings=settings, text_files=text, device=device
-    )
+    report = run(model, base_llm, held_out, out, settings=settings, text_files=text, device=device)
     for name, score in report.get("draw", {}).items():
         typer.echo(f"draw {name:<9} {100 * (score['score'] or 0):5.1f} %  n = {score['n']}")
     typer.echo(f"written: {out}")

@@ -283,7 +283,8 @@ def test_board_text() -> None:
     )
     assert board_text(scene) == (
         "white white small red star white white white white white "
-        "large pink heart large pink heart white white large pink heart large pink heart white white"
+        "large pink heart large pink heart white white "
+        "large pink heart large pink heart white white"
     )
     scenes = set(_scenes(500, 13))
     assert len({board_text(s) for s in scenes}) == len(scenes)  # nothing is lost
