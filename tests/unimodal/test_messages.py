@@ -5,7 +5,7 @@ import unicodedata
 from functools import cache
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -166,6 +166,7 @@ def test_supervised_prefix_is_the_generation_prompt(style, messages):
 
 @pytest.mark.parametrize("style", [*STYLES, "thinking"])
 @given(messages=conversations(answer=answers, open_ended=False))
+@example(messages=[user("a"), assistant("see ", PICTURE, " then", PICTURE, PICTURE, "end")])
 @EXAMPLES
 def test_parse_is_the_inverse_of_render(style, messages):
     tokenizer, vocabulary = extended(style)
