@@ -21,9 +21,9 @@ from transformers.utils.generic import ModelOutput
 from tokenizer_hf.configuration_image_tokenizer import ImageTokenizerConfig
 from tokenizer_hf.decoders.conv import ConvDecoder, PatchDecoder
 from tokenizer_hf.decoders.vit import VitDecoder
-from tokenizer_hf.encoders.blocks import ConvBlock, PatchBlock, cut_into_patches
+from tokenizer_hf.encoders.blocks import ZeroConv2d, ZeroLinear, cut_into_patches
 from tokenizer_hf.encoders.conv import ConvEncoder, PatchEncoder
-from tokenizer_hf.encoders.vit import TransformerBlock, VitEncoder
+from tokenizer_hf.encoders.vit import VitEncoder
 from tokenizer_hf.errors import CheckpointError, CodeError, ConfigurationError, UnimodalError
 from tokenizer_hf.image_processing_image_tokenizer import ImageTokenizerImageProcessor
 from tokenizer_hf.quantizers.fsq import FiniteScalarQuantizer
@@ -75,7 +75,12 @@ class ImageTokenizer(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        # transformers sets each weight once, children first: a block cannot correct its layers
+        if isinstance(module, ZeroLinear | ZeroConv2d):
+            init.zeros_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear | nn.Conv2d):
             fan_in = module.weight[0].numel()
             init.normal_(module.weight, std=fan_in**-0.5)
             if module.bias is not None:
@@ -83,13 +88,6 @@ class ImageTokenizer(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, ConvBlock):
-            init.zeros_(module.mix.weight)
-        elif isinstance(module, PatchBlock):
-            init.zeros_(module.narrow.weight)
-        elif isinstance(module, TransformerBlock):
-            init.zeros_(module.attention_out.weight)
-            init.zeros_(module.narrow.weight)
         elif isinstance(module, VitEncoder):
             init.normal_(module.positions, std=0.5)
         elif isinstance(module, VitDecoder):

@@ -116,6 +116,22 @@ def test_training_lowers_the_loss_in_every_part(kind):
     assert model.eval()(pictures()).losses["l2"].item() < 0.8 * first
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_model_begins_as_laid_out(kind):
+    """Residual blocks are the identity, all other layers keep the variance of what comes in."""
+    model = make(kind)
+    for name, module in model.named_modules():
+        if type(module).__name__ in ("ConvBlock", "PatchBlock", "TransformerBlock"):
+            weight = next(p for p in module.parameters() if p.ndim > 1)
+            shape = (2, weight.shape[1], 4, 4) if weight.ndim == 4 else (2, 5, weight.shape[1])
+            x = torch.randn(shape)
+            assert torch.equal(module(x), x), name
+        elif type(module) in (torch.nn.Linear, torch.nn.Conv2d):
+            fan_in = module.weight[0].numel()
+            assert module.weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.2), name
+            assert not module.bias.any()
+
+
 def test_a_patch_local_code_sees_and_paints_its_own_patch_only():
     model = make("patch")
     changed = pictures(1)
@@ -126,6 +142,20 @@ def test_a_patch_local_code_sees_and_paints_its_own_patch_only():
     assert differs[8:16, 16:24].any()
     differs[8:16, 16:24] = False
     assert not differs.any()
+
+
+def test_principal_components_start_as_an_exact_autoencoder():
+    model = make("patch", base_channels=96, codebook_dim=192).train()  # 8 × 8 × 3 values a patch
+    model.start_from_principal_components(pictures(40))
+    latents = model._latents(pictures())
+    torch.testing.assert_close(model._pixels(latents), pictures(), atol=1e-4, rtol=0)
+    of_all = model._latents(pictures(40)).flatten(0, 1)
+    torch.testing.assert_close(of_all.mean(0), torch.zeros(192), atol=1e-3, rtol=0)
+    assert of_all.var(0, correction=0).sum().item() == pytest.approx(192, rel=1e-3)
+    with pytest.raises(ConfigurationError, match="patch_local bodies only"):
+        make().start_from_principal_components(pictures())
+    with pytest.raises(ConfigurationError, match="codebook_dim is 64"):
+        make("patch", codebook_dim=64).start_from_principal_components(pictures())
 
 
 def test_prefixes_of_a_nested_tokenizer():
@@ -251,8 +281,7 @@ def test_auto_classes_load_the_folder_after_a_bare_import(tmp_path):
     model = make()
     model.save_pretrained(tmp_path)
     for imports in (
-        "import tokenizer_hf\n"
-        "from transformers import AutoImageProcessor, AutoModel, AutoConfig",
+        "import tokenizer_hf\nfrom transformers import AutoImageProcessor, AutoModel, AutoConfig",
         "from transformers import AutoConfig, AutoModel, AutoImageProcessor\nimport tokenizer_hf",
     ):
         program = (

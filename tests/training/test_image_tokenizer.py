@@ -105,9 +105,15 @@ def test_it_learns_and_writes_a_folder_that_loads(pictures, tmp_path):
     assert logs.Scalars("codebook/used")[-1].value >= 6
 
 
-@pytest.mark.parametrize("tokenizer", [PATCH, NESTED, {**PATCH, "codebook_update": "gradient"}])
-def test_a_resumed_run_equals_the_uninterrupted_one(tokenizer, pictures, tmp_path, monkeypatch):
-    settings = {"tokenizer": tokenizer}
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tokenizer": PATCH, "start": "principal_components"},
+        {"tokenizer": NESTED},
+        {"tokenizer": {**PATCH, "codebook_update": "gradient"}},
+    ],
+)
+def test_a_resumed_run_equals_the_uninterrupted_one(settings, pictures, tmp_path, monkeypatch):
     whole = make_recipe(pictures, tmp_path / "whole", **settings)
     parts = make_recipe(pictures, tmp_path / "parts", **settings)
     train_image_tokenizer(whole)
@@ -201,6 +207,15 @@ def test_loss_weights_reach_the_gradient(pictures, tmp_path):
     )
 
 
+def test_principal_components_are_a_head_start(pictures, tmp_path):
+    found = {}
+    for start in ("random", "principal_components"):
+        recipe = make_recipe(pictures, tmp_path / start, start=start, batch_size=32)
+        folder = train_image_tokenizer(recipe)
+        found[start] = json.loads((folder / "metrics.json").read_text())["psnr"]
+    assert found["principal_components"] > 30 > found["random"]
+
+
 def test_bfloat16_runs(pictures, tmp_path):
     recipe = make_recipe(pictures, tmp_path, max_steps=2, precision="bfloat16")
     ImageTokenizer.from_pretrained(train_image_tokenizer(recipe))
@@ -282,7 +297,7 @@ def test_the_commands_train_and_reconstruct(pictures, tmp_path, monkeypatch, cap
     save_recipe(recipe, tmp_path / "recipe.yaml")
     folder = tmp_path / "other"
     code, out, _ = run_command(
-        monkeypatch, capsys, "train-tokenizer", tmp_path / "recipe.yaml",
+        monkeypatch, capsys, "train-tokenizer", "--config", tmp_path / "recipe.yaml",
         "--set", f"output_dir={folder}", "--set", "max_steps=2",
     )  # fmt: skip
     assert code == 0 and str(folder) in out and '"steps": 2' in out
@@ -304,8 +319,11 @@ def test_the_commands_train_and_reconstruct(pictures, tmp_path, monkeypatch, cap
         ([*command, broken], "broken.png' is not a picture"),
         (["reconstruct", "-t", tmp_path / "no", two[0]], "there is no folder"),
         ([*command, two[0], "--num-tokens", 9], "9 codes per picture came"),
-        (["train-tokenizer", tmp_path / "no.yaml"], "no recipe at"),
-        (["train-tokenizer", tmp_path / "recipe.yaml", "--set", "batch=3"], "did you mean"),
+        (["train-tokenizer", "--config", tmp_path / "no.yaml"], "no recipe at"),
+        (
+            ["train-tokenizer", "--config", tmp_path / "recipe.yaml", "--set", "batch=3"],
+            "did you mean",
+        ),
     ):
         code, _, err = run_command(monkeypatch, capsys, *arguments)
         assert code == 2

@@ -5,26 +5,34 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
+class ZeroConv2d(nn.Conv2d):
+    """A convolution whose weights start at zero: the end of a residual branch."""
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer whose weights start at zero: the end of a residual branch."""
+
+
 class ConvBlock(nn.Module):
-    """x + conv1x1(silu(conv3x3(silu(x)))); the 1×1 convolution starts at zero. No normalisation."""
+    """x + conv1x1(silu(conv3x3(silu(x)))), at first x. No normalisation."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.spread = nn.Conv2d(channels, channels, 3, padding=1)
-        self.mix = nn.Conv2d(channels, channels, 1)
+        self.mix = ZeroConv2d(channels, channels, 1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return x_BCHW + self.mix(functional.silu(self.spread(functional.silu(x_BCHW))))
 
 
 class PatchBlock(nn.Module):
-    """x + W2(silu(W1(norm(x)))) on each patch by itself; W2 starts at zero."""
+    """x + W2(silu(W1(norm(x)))) on each patch by itself, at first x."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.widen = nn.Linear(width, 2 * width)
-        self.narrow = nn.Linear(2 * width, width)
+        self.narrow = ZeroLinear(2 * width, width)
 
     def forward(self, x_BNC: Tensor) -> Tensor:
         return x_BNC + self.narrow(functional.silu(self.widen(self.norm(x_BNC))))

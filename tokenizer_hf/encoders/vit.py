@@ -4,21 +4,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tokenizer_hf.encoders.blocks import cut_into_patches
+from tokenizer_hf.encoders.blocks import ZeroLinear, cut_into_patches
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm attention over all rows, and a perceptron; both branches start at zero."""
+    """Pre-norm attention over all rows, then a perceptron; at first the identity."""
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.attention_norm = nn.LayerNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width)
-        self.attention_out = nn.Linear(width, width)
+        self.attention_out = ZeroLinear(width, width)
         self.norm = nn.LayerNorm(width)
         self.widen = nn.Linear(width, int(width * mlp_ratio))
-        self.narrow = nn.Linear(int(width * mlp_ratio), width)
+        self.narrow = ZeroLinear(int(width * mlp_ratio), width)
 
     def forward(self, x_BNC: Tensor) -> Tensor:
         x_BNC = x_BNC + self.attention_out(self._attend(self.attention_norm(x_BNC)))
