@@ -107,16 +107,15 @@ def merge(
     evidence = None if pairs is None else caption_evidence(pairs, tokenizer, vocabulary)
     changes = {}
     for tensor in _vocabulary_tensors(config, files, vocabulary.rows):
-        keep = vocabulary.start_token_id
-        rows = new_rows(
-            tensor.read()[:keep],
-            vocabulary,
-            row_init,
-            code_vectors=model.code_vectors(),
-            evidence=evidence,
-            seed=seed,
-        )
-        changes[tensor.name] = NewRows(keep, rows)
+        text = tensor.read()[: vocabulary.start_token_id]
+        if text.ndim == 1:  # the bias of an output head
+            rows = text.float().mean().expand(vocabulary.rows - len(text))
+        else:
+            vectors = model.code_vectors()
+            rows = new_rows(
+                text, vocabulary, row_init, code_vectors=vectors, evidence=evidence, seed=seed
+            ).to(text.dtype)
+        changes[tensor.name] = NewRows(len(text), rows)
 
     processor = UnimodalProcessor(
         model.image_processor,

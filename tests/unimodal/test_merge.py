@@ -41,7 +41,7 @@ from unimodal.row_initialisation import caption_evidence, new_rows
 from unimodal.weight_shards import read_header
 
 TEXT = "A small red circle is left of a blue star.\nnaïve 123 <|im_end|>"
-FAMILIES = ("qwen3", "llama", "gemma3_text", "gpt_neox", "mistral", "phi3")
+FAMILIES = ("qwen3", "llama", "gemma3_text", "gpt_neox", "mistral", "phi3", "phi")
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,8 @@ def test_every_family_keeps_its_text(tmp_path, family, tied):
 
     stored, original = tensors(out), tensors(tmp_path / "llm")
     assert stored.keys() == original.keys()
+    if (bias := stored.pop("lm_head.bias", None)) is not None:
+        assert torch.equal(bias[:text], original["lm_head.bias"][:text]) and len(bias) == 448
     grown = [name for name in stored if stored[name].shape != original[name].shape]
     assert len(grown) == (1 if tied else 2)
     for name in stored:
