@@ -160,15 +160,14 @@ def test_plain_text_is_learnt_whole_and_cut(merged: Path, text: Path) -> None:
     processor = processor_of(merged)
     whole = Examples(processor, text=[text]).texts
     cut = Examples(processor, text=[text], max_length=8).texts
-    plain = [one for one in whole if isinstance(one, Example)]
-    pieces = [one for one in cut if isinstance(one, Example)]
-    assert len(plain) == 30 and len(whole) == 36
-    assert all((one.labels == one.input_ids).all() for one in plain)
+    assert len(whole) == 36  # 30 texts, 6 chats
+    assert all((one.labels == one.input_ids).all() for one in whole)
+    plain = whole[:30]
     assert all(one.input_ids[-1] == processor.tokenizer.eos_token_id for one in plain)
-    assert max(len(one.input_ids) for one in pieces) == 8
-    joined = np.concatenate([one.input_ids for one in pieces]).tolist()
-    lost = sum(len(one.input_ids) % 8 == 1 for one in plain)  # a rest of one token has no target
-    assert len(joined) == sum(len(one.input_ids) for one in plain) - lost
+    assert max(len(one.input_ids) for one in cut) == 8
+    joined = np.concatenate([one.input_ids for one in cut]).tolist()
+    lost = sum(len(one.input_ids) % 8 == 1 for one in whole)  # a rest of one token has no target
+    assert len(joined) == sum(len(one.input_ids) for one in whole) - lost
 
 
 def test_text_model_learns_chats_whole(merged: Path, text: Path) -> None:

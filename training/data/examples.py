@@ -42,7 +42,8 @@ class Examples:
     - caption: the picture and "Describe the picture." → a caption
     - question: the picture and a question → its answer
     - chat: a cached chat with pictures → its assistant turns
-    - text: a text, learnt as a whole, or a chat without pictures → its assistant turns
+    - text: a text or a chat without pictures, learnt as a whole, as `TextExamples` has them: the
+      replay keeps what the base could say, user turns too
 
     Args:
         processor: of the merged model.
@@ -81,16 +82,14 @@ class Examples:
             "question": _rows([np.diff(cache.question_offsets) > 0 for cache in self.caches]),
             "chat": _rows([cache.has_messages for cache in self.caches]),
         }
-        self.texts = read_texts(text, processor.tokenizer, max_length)
+        self.texts = TextExamples(processor.tokenizer, text, max_length).texts if text else []
         self.num_items = {name: len(rows) for name, rows in self._rows.items()}
         self.num_items["text"] = len(self.texts)
 
     def build(self, picks: Sequence[Pick]) -> list[Example]:
         """Build examples, in the order of ``picks``; those that are too long are left out."""
         plain = {
-            i: self.texts[pick.item]
-            for i, pick in enumerate(picks)
-            if pick.direction == "text" and isinstance(self.texts[pick.item], Example)
+            i: self.texts[pick.item] for i, pick in enumerate(picks) if pick.direction == "text"
         }
         chats = [i for i in range(len(picks)) if i not in plain]
         rendered = self.renderer.render([self.messages(picks[i]) for i in chats])
@@ -105,8 +104,6 @@ class Examples:
 
         Of several captions or questions, ``pick.choice`` takes one.
         """
-        if pick.direction == "text":
-            return self.texts[pick.item]
         number, row = self._rows[pick.direction][pick.item]
         cache = self.caches[number]
         if pick.direction == "chat":
@@ -164,12 +161,14 @@ class TextExamples:
 
     def __init__(self, tokenizer: Any, text: Sequence[str | Path], max_length: int) -> None:
         self.texts: list[Example] = []
+        controls = _controls(tokenizer)
         chats = []
         for one in read_texts(text, tokenizer, max_length):
             if isinstance(one, Example):
                 self.texts.append(one)
             else:
-                chats.append(tokenizer.apply_chat_template(one, tokenize=False))
+                plain = [{**m, "content": neutralise(m["content"], controls)} for m in one]
+                chats.append(tokenizer.apply_chat_template(plain, tokenize=False))
         for start in range(0, len(chats), 4096):
             batch = chats[start : start + 4096]
             for ids in tokenize(tokenizer, batch, add_special_tokens=False):
@@ -211,7 +210,7 @@ def read_texts(files: Sequence[str | Path], tokenizer: Any, max_length: int) -> 
         logger.warning("%s: %d lines skipped", ", ".join(map(str, files)), len(skipped))
     if files and not plain and not chats:
         raise DataError(f"no usable line in {', '.join(map(str, files))}; see docs/data_formats.md")
-    controls = frozenset(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+    controls = _controls(tokenizer)
     plain = [neutralise(text, controls) for text in plain]
     examples: list[Any] = []
     for start in range(0, len(plain), 4096):
@@ -221,6 +220,10 @@ def read_texts(files: Sequence[str | Path], tokenizer: Any, max_length: int) -> 
                 ids = [*ids, tokenizer.eos_token_id]
             examples += _pieces(ids, max_length)
     return examples + chats
+
+
+def _controls(tokenizer: Any) -> frozenset[str]:
+    return frozenset(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
 
 
 def _pieces(ids: list[int], max_length: int) -> list[Example]:

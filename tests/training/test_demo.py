@@ -1,0 +1,114 @@
+"""The whole walk in miniature: every stage really runs, a killed walk goes on, a changed one stops."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tokenizer_hf.errors import ConfigurationError
+from training.demo import load_demo_recipe, run_demo
+
+TINY = {
+    "shapes": {"n": 96, "level": "board", "captions_per_picture": 2, "validation": 24},
+    "image_tokenizer": {
+        "tokenizer": {
+            "patch_local": True,
+            "base_channels": 16,
+            "channel_multiplier": [1, 1, 2, 4],
+            "num_res_blocks": 1,
+            "codebook_size": 256,
+            "codebook_dim": 32,
+        },
+        "start": "principal_components",
+        "max_steps": 4,
+        "batch_size": 8,
+    },
+    "text_tokenizer": {"vocab_size": 400},
+    "text_model": {
+        "model_type": "qwen3",
+        "config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 256,
+        },
+        "training": {"max_steps": 4, "per_device_train_batch_size": 4},
+    },
+    "merge": {"row_init": "meaning", "caption_instruction": "describe"},
+    "lora": {
+        "lora": {"rank": 4},
+        "training": {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4},
+    },
+    "evaluate": {"n": 3, "pictures": 6, "texts": 8},
+    "draw": ["a red circle"],
+    "serve_check": None,
+}
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    file.write_text(yaml.safe_dump(TINY), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def walk(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A walk that stopped in the middle and was started again from the command line."""
+    out = tmp_path_factory.mktemp("walk") / "demo"
+    run_demo(load_demo_recipe(recipe_file), out, stop_after="merge")
+    before = json.loads((out / "demo.json").read_text())["seconds"]
+    command = [sys.executable, "-m", "unimodal.cli", "demo", "--config", str(recipe_file)]
+    done = subprocess.run(
+        [*command, "--out", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "merge: done before" in done.stdout
+    assert "perplexity of the base" in done.stdout  # the result table
+    after = json.loads((out / "demo.json").read_text())["seconds"]
+    assert {name: after[name] for name in before} == before
+    return out
+
+
+def test_report_holds_what_the_issue_names(walk: Path) -> None:
+    report = json.loads((walk / "report.json").read_text())
+    for name in ("single", "two", "counting", "colours", "position", "binding", "caption"):
+        for section in ("draw", "draw_held_out"):
+            assert report[section][name].keys() >= {"score", "n", "low", "high"}
+            assert report[section][name]["n"] == 3
+    assert report["reconstruction"].keys() >= {"psnr", "parse_agreement", "codes_used"}
+    assert report["caption"].keys() >= {"exact", "object_f1", "colour", "relation", "count"}
+    assert report["text"].keys() >= {"perplexity_base", "perplexity_tuned", "kl"}
+    assert report["spans"]["generated"] > 0 and report["spans"]["malformed"] == 0
+    assert {"image_tokenizer", "text_model", "lora", "evaluate"} <= report["seconds"].keys()
+    assert report["peak_rss_bytes"] > 10**8
+    assert report["environment"]
+    page = (walk / "report.html").read_text()
+    assert "data:image/png;base64," in page and 'src="http' not in page
+    assert (walk / "drawings" / "00.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_untrained_principal_components_reconstruct(walk: Path) -> None:
+    metrics = json.loads((walk / "image_tokenizer" / "metrics.json").read_text())
+    assert metrics["psnr"] > 18  # a random start is at about 10 dB after 4 steps
+
+
+def test_another_seed_in_the_same_folder_is_refused(recipe_file: Path, walk: Path) -> None:
+    with pytest.raises(ConfigurationError, match="seed"):
+        run_demo(load_demo_recipe(recipe_file), walk, seed=1)
+
+
+def test_shipped_recipes_load() -> None:
+    assert load_demo_recipe("demo").shapes is not None
