@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from transformers import AutoModel
 
 from tokenizer_hf.configuration_image_tokenizer import ImageTokenizerConfig
 from tokenizer_hf.errors import CheckpointError, CodeError, ConfigurationError
@@ -278,21 +279,22 @@ def test_bfloat16_autocast_and_channels_last(kind):
 
 
 def test_auto_classes_load_the_folder_after_a_bare_import(tmp_path):
+    """Here transformers was imported first; in the new process the package is."""
     model = make()
     model.save_pretrained(tmp_path)
-    for imports in (
-        "import tokenizer_hf\nfrom transformers import AutoImageProcessor, AutoModel, AutoConfig",
-        "from transformers import AutoConfig, AutoModel, AutoImageProcessor\nimport tokenizer_hf",
-    ):
-        program = (
-            f"{imports}\nfolder = {str(tmp_path)!r}\n"
-            "print(type(AutoConfig.from_pretrained(folder)).__name__,\n"
-            "      AutoModel.from_pretrained(folder).fingerprint(),\n"
-            "      type(AutoImageProcessor.from_pretrained(folder)).__name__)\n"
-        )
-        run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        expected = ["ImageTokenizerConfig", model.fingerprint(), "ImageTokenizerImageProcessor"]
-        assert run.stdout.split() == expected, run.stderr
+    assert AutoModel.from_pretrained(tmp_path).fingerprint() == model.fingerprint()
+    program = (
+        "import tokenizer_hf, sys\n"
+        "assert 'transformers' not in sys.modules\n"
+        "from transformers import AutoConfig, AutoImageProcessor, AutoModel\n"
+        f"folder = {str(tmp_path)!r}\n"
+        "print(type(AutoConfig.from_pretrained(folder)).__name__,\n"
+        "      AutoModel.from_pretrained(folder).fingerprint(),\n"
+        "      type(AutoImageProcessor.from_pretrained(folder)).__name__)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    expected = ["ImageTokenizerConfig", model.fingerprint(), "ImageTokenizerImageProcessor"]
+    assert run.stdout.split() == expected, run.stderr
 
 
 def test_importing_the_package_loads_nothing_heavy():
