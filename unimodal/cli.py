@@ -550,8 +550,8 @@ Settings = Annotated[
 Resume = Annotated[
     str,
     typer.Option(
-        help="`auto`: go on from the last checkpoint in output_dir. `never`: start over, and remove "
-        "the earlier run."
+        help="`auto`: go on from the last checkpoint in output_dir. `never`: start over, and "
+        "remove the earlier run."
     ),
 ]
 
@@ -878,7 +878,9 @@ def demo(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where to write. Default: `runs/<config>`.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the world, the trainings, the drawings.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of the world, the trainings, the drawings.")
+    ] = 0,
     stop_after: Annotated[
         str | None, typer.Option(metavar="STAGE", help="Stop when this stage is done.")
     ] = None,
