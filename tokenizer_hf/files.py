@@ -1,4 +1,4 @@
-"""Atomic writes: a reader sees the old file or folder, or the new one, and never a half-written one."""
+"""Atomic writes: a reader sees the old file or folder, or the new one, never a half-written one."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside ``path``; put it in ``path``'s place when the block ends well.
+    """Yield an empty temporary folder beside ``path``; it takes ``path``'s place when the block ends.
 
     A folder that stood at ``path`` is replaced as a whole, so that files of an older version never
     mix with the new ones.

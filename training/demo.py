@@ -34,7 +34,7 @@ class DemoRecipe:
     """What a walk consists of. Every block holds the settings of one command."""
 
     shapes: dict[str, Any] | None = None
-    """`unimodal shapes`: write the embedded world. None: ``pictures`` and ``text`` say what is there."""
+    """`unimodal shapes`: write the embedded world. None: take ``pictures`` and ``text``."""
     pictures: dict[str, str] = field(default_factory=dict)
     """{"train": ..., "validation": ...}: imagefolders, Parquet, hub ids."""
     text: dict[str, list[str]] = field(default_factory=dict)
@@ -335,7 +335,6 @@ class _Walk:
         from eval.evaluate import update_report
         from unimodal.serving.check import check_identical
 
-        # In a process of its own, as everywhere: the server is a child that is waited for.
         result = check_identical(
             self.path("model"),
             self.serve_prompts(),

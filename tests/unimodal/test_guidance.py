@@ -35,7 +35,7 @@ def reference(model, vocabulary, prompt, negative, guidance, min_ids, max_ids):
     return [*reply, end]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("family", ["qwen3", "llama", "gemma2", "gemma3_text", "gpt2"])
 @pytest.mark.parametrize(
     "vocabulary, lengths",
     [(FIXED, (12, 12)), (PAIRS, (12, 12)), (NESTED, (2, 12))],

@@ -170,6 +170,8 @@ def test_draw_follows_the_distribution_and_needs_one_uniform():
     assert draw(logits, torch.tensor([0.99]), 0.0, None).tolist() == [3]
     edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     assert draw(logits.expand(2, 4), edges, 1.0, None).tolist() == [0, 3]
+    impossible_first = torch.tensor([[-INF, 0.0, 1.0, 2.0]])
+    assert draw(impossible_first, edges[:1], 1.0, None).tolist() == [1]
 
 
 def test_settings_that_cannot_be_right():
