@@ -288,13 +288,16 @@ def _place_freely(
 ) -> list[tuple[float, float, float]] | None:
     places: list[tuple[float, float, float]] = []
     for size in sizes:
-        for _ in range(20):
+        for _ in range(6):  # two large ones may leave no room for a third: do not insist
             radius = rng.choice(FREE_RADII[size])
             first = ceil(2 * radius + 2) / 2
-            x, y = (rng.randint(int(2 * first), int(2 * (IMAGE_SIZE - first))) / 2 for _ in "xy")
-            if all(
-                max(abs(x - a), abs(y - b)) - radius - other >= FREE_GAP for a, b, other in places
-            ):
+            steps = 2 * (IMAGE_SIZE - 2 * first) + 1  # half pixels
+            x, y = first + int(rng.random() * steps) / 2, first + int(rng.random() * steps) / 2
+            apart = radius + FREE_GAP
+            for a, b, other in places:
+                if abs(x - a) < apart + other and abs(y - b) < apart + other:
+                    break
+            else:
                 places.append((x, y, radius))
                 break
         else:
