@@ -34,7 +34,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside ``path``; it takes ``path``'s place when the block ends.
+    """Yield an empty folder beside ``path``; it takes that place when the block ends well.
 
     A folder that stood at ``path`` is replaced as a whole, so that files of an older version never
     mix with the new ones.

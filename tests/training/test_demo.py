@@ -1,4 +1,4 @@
-"""The whole walk in miniature: every stage really runs, a killed walk goes on, a changed one stops."""
+"""The whole walk in miniature: every stage runs, a killed walk goes on, a changed one stops."""
 
 import json
 import os
