@@ -717,6 +717,40 @@ def shapes(
 
 
 @app.command()
+def emoji(
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="The folder; an older one of this kind is replaced.")
+    ] = Path("data/emoji"),
+    font: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="NotoColorEmoji.ttf. Default: Debian's.")
+    ] = None,
+    cldr: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The folder `common` of CLDR. Default: Debian's."),
+    ] = None,
+    validation: Annotated[
+        int, typer.Option(min=1, help="Emoji held out, with all their variants.")
+    ] = 120,
+) -> None:
+    """Write a data set of pictures that nobody here drew: a colour font's emoji, 64 × 64.
+
+    Captions are names and keywords of Unicode and CLDR. Needs Debian's packages
+    `fonts-noto-color-emoji` and, for keywords and sequences, `unicode-cldr-core`. docs/emoji.md
+    shows the files.
+
+    **Examples**
+
+    `unimodal emoji`
+
+    `unimodal demo --config emoji`
+    """
+    from training.emoji import write_emoji
+
+    found = write_emoji(out, font=font, cldr=cldr, validation=validation)
+    typer.echo(f"{found['train']} training and {found['validation']} validation pictures in {out}")
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Option(help="A merged and trained model: folder or hub id.")],
     base_llm: Annotated[str, typer.Option(help="The text LLM before the merge.")],
@@ -793,6 +827,20 @@ def report_command(
 
     for path in write_report(folder):
         typer.echo(path)
+
+
+@app.command()
+def sheet(
+    folder: Annotated[Path, typer.Argument(help="Holds the samples.json of `unimodal evaluate`.")],
+    out: Annotated[Path | None, typer.Option(help="The PNG. Default: FOLDER/sheet.png.")] = None,
+) -> None:
+    """Make one PNG of a report's samples: reconstructions, captions, drawings.
+
+    **Example:** `unimodal sheet runs/emoji --out docs/emoji_sheet.png`
+    """
+    from eval.sheet import write_sheet
+
+    typer.echo(write_sheet(folder, out or folder / "sheet.png"))
 
 
 # --- serving --------------------------------------------------------------------------------------
