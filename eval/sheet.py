@@ -94,7 +94,7 @@ def _open(uri: str) -> Image.Image:
 
 
 def _page(sections: Sequence[tuple[str, Sequence[_Cell]]]) -> Image.Image:
-    font, title_font = _font(13), _font(20)
+    font, title_font = _font(12), _font(18)
     height = _GAP + sum(
         _TITLE + sum(_height(row, font) for row in _rows(cells)) for _, cells in sections
     )
@@ -155,4 +155,9 @@ def _wrapped(text: str, font: Any) -> list[str]:
 
 
 def _font(size: int) -> Any:
-    return ImageFont.load_default(size)
+    """DejaVu Sans, which comes with matplotlib; the font in Pillow has ASCII only."""
+    import matplotlib
+
+    return ImageFont.truetype(
+        str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size
+    )

@@ -55,12 +55,14 @@ def test_every_sample_is_on_the_page(tmp_path: Path) -> None:
 
 
 def test_lines_fit_below_a_picture() -> None:
-    font = _font(13)
+    font = _font(12)
     lines = _wrapped("a short text, and " + "m" * 40, font)
     assert " ".join(lines).replace(" ", "") == "ashorttext,and" + "m" * 40
     assert max(map(font.getlength, lines)) <= 128
     assert _wrapped("word " * 100, font)[-1] == "..."
     assert _wrapped("", font) == [""]
+    missing = bytes(font.getmask("\U0010ffff"))
+    assert all(bytes(font.getmask(letter)) != missing for letter in "–åéñ’")
 
 
 @pytest.mark.parametrize(

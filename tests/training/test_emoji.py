@@ -5,12 +5,16 @@ import random
 from pathlib import Path
 
 import pytest
-from PIL import ImageFont
+from PIL import Image, ImageFont
 
+from eval.evaluate import EvaluationSettings
+from eval.sheet import write_sheet
+from tests.training.test_demo import TINY
+from tokenizer_hf.configuration_image_tokenizer import ImageTokenizerConfig
 from tokenizer_hf.errors import ConfigurationError, DataError
 from training import emoji as module
 from training.data.sources import Skipped, open_source, read_text
-from training.demo import load_demo_recipe
+from training.demo import DemoRecipe, load_demo_recipe, run_demo
 from training.emoji import (
     Emoji,
     base,
@@ -23,6 +27,8 @@ from training.emoji import (
     text_rows,
     write_emoji,
 )
+from training.image_tokenizer import TokenizerRecipe
+from training.recipes import LanguageModelRecipe, TextModelRecipe, build_recipe
 
 TONES = [chr(code) for code in range(0x1F3FB, 0x1F400)]
 WORDS = {  # characters that the font in Pillow has, too
@@ -226,6 +232,43 @@ def test_recipe_loads_and_names_what_the_command_writes(folder: Path) -> None:
     assert recipe.shapes is None
     for name in [*recipe.pictures.values(), *recipe.text["train"], *recipe.text["validation"]]:
         assert (folder / Path(name).relative_to("data/emoji")).exists()
+
+
+def test_every_block_of_the_recipe_is_one_of_its_command() -> None:
+    recipe = load_demo_recipe("emoji")
+    blocks: list[tuple[type, dict, dict]] = [
+        (TokenizerRecipe, recipe.image_tokenizer, {"data": ["a"], "output_dir": "b"}),
+        (TextModelRecipe, recipe.text_model, {"tokenizer": "a", "output_dir": "b"}),
+        (LanguageModelRecipe, recipe.lora, {"model": "a", "output_dir": "b"}),
+    ]
+    for kind, block, given in blocks:
+        build_recipe(kind, {**given, **block})  # raises for a field that nobody knows
+    config = ImageTokenizerConfig(**recipe.image_tokenizer["tokenizer"])
+    assert config.num_tokens == 64 and config.codebook_size == 1000
+    EvaluationSettings(**recipe.evaluate)
+
+
+def test_the_walk_in_miniature(folder: Path, tmp_path: Path) -> None:
+    """Every stage over an imagefolder: no world, no parser."""
+    recipe = build_recipe(
+        DemoRecipe,
+        {
+            **{name: block for name, block in TINY.items() if name != "shapes"},
+            "pictures": {s: str(folder / s) for s in ("train", "validation")},
+            "text": {s: [str(folder / "text" / f"{s}.jsonl")] for s in ("train", "validation")},
+            "text_tokenizer": {"vocab_size": 300},
+            "evaluate": {"n": 2, "pictures": 2, "texts": 4},
+            "draw": ["mark"],
+        },
+    )
+    out = run_demo(recipe, tmp_path / "walk")
+    report = json.loads((out / "report.json").read_text())
+    assert report["world"] is None and "draw" not in report
+    assert report["caption"]["exact"]["n"] == 2 and report["reconstruction"]["psnr"]["n"] == 2
+    assert report["spans"] == {"generated": 2, "malformed": 0}
+    sheet = Image.open(write_sheet(out, tmp_path / "sheet.png"))
+    assert sheet.width > 1000 and sheet.height > 500
+    assert "<img" in (out / "report.html").read_text()
 
 
 NOTO = next(iter(sorted(module.FONTS.rglob(module.FONT_FILE))), None)
