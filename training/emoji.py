@@ -209,8 +209,9 @@ def open_font(path: str | Path | None = None) -> ImageFont.FreeTypeFont:
 
 def has_glyph(font: ImageFont.FreeTypeFont, text: str) -> bool:
     """Whether the font shows the character, or the whole sequence as one picture."""
-    if len(text) > 1:
-        return font.getlength(text) <= max(map(font.getlength, text)) and has_glyph(font, text[0])
+    if len(text) > 1:  # else it is drawn as its parts, or as its first one alone
+        one_cell = font.getlength(text) <= max(map(font.getlength, text))
+        return one_cell and bytes(font.getmask(text)) != bytes(font.getmask(text[0]))
     mask = font.getmask(text)
     return mask.getbbox() is not None and bytes(mask) != _absent(font)
 

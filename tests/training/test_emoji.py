@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
-from PIL import Image, ImageFont
+from PIL import Image, ImageFont, features
 
 from eval.evaluate import EvaluationSettings
 from eval.sheet import write_sheet
@@ -282,5 +282,10 @@ def test_the_real_font_shows_colours_and_sequences() -> None:
     font = open_font()
     colours = draw_emoji(font, "🟥").getpixel((32, 32))
     assert isinstance(colours, tuple) and colours[0] > 150 > max(colours[1:])
+    england = "🏴" + "".join(chr(0xE0000 + ord(letter)) for letter in "gbeng") + "\U000e007f"
+    unshaped = ImageFont.truetype(font.path, 109, layout_engine=ImageFont.Layout.BASIC)
+    assert not any(has_glyph(unshaped, text) for text in (england, "👋🏽", "🇫🇷"))
+    if features.check("raqm"):
+        assert all(has_glyph(font, text) for text in (england, "👋🏽", "🇫🇷"))
     assert has_glyph(font, "😀") and not has_glyph(font, "漢") and not has_glyph(font, "😀😀")
     assert read_annotations(module.CLDR)["😀"] == ("grinning face", ("face", "grin"))
