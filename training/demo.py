@@ -28,7 +28,7 @@ from tokenizer_hf.files import atomic_write
 RECIPES = Path(__file__).parent / "recipes"
 STATE = "demo.json"
 SMALL_KV_CACHE = ("--num-gpu-blocks-override", "64")
-"""For the server of the comparison: 64 blocks hold its few short requests; vLLM's default takes 1 GiB."""
+"""For the comparison: 64 blocks hold its few short requests; vLLM would take 1 GiB."""
 
 
 @dataclass(kw_only=True)
