@@ -93,8 +93,8 @@ class Mix:
         return picks
 
     def _directions(self, start: int, stop: int) -> np.ndarray:
-        offset = np.random.default_rng([self.seed, 2]).random()
-        points = (offset + np.arange(start, stop) * GOLDEN_RATIO) % 1.0
+        phase = np.random.default_rng([self.seed, 2]).random()
+        points = (phase + np.arange(start, stop) * GOLDEN_RATIO) % 1.0
         return np.searchsorted(self._edges, points, side="right")
 
     def _seen_before(self, step: int) -> np.ndarray:
