@@ -22,11 +22,10 @@ def test_commands_and_options_exist(page: Path) -> None:
     from unimodal.cli import app
 
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    text = page.read_text(encoding="utf-8")
-    for line in re.findall(r"^(?:`|\$ )?unimodal .*$", text, flags=re.MULTILINE):
-        words = line.split("#")[0].strip("`$ ").split()
-        if words[1].isupper() or words[1] == "…":
-            continue
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    blocks = [body for language, body in fenced if language in ("", "sh")]
+    for line in re.findall(r"^unimodal .*$", "\n".join(blocks), flags=re.MULTILINE):
+        words = line.split("#")[0].split()
         for name in words[1].split("|"):
             assert name in commands, f"{page.name}: {line}"
         command = commands[words[1].split("|")[0]]
