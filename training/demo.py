@@ -171,6 +171,12 @@ class _Walk:
     def llm(self) -> str:
         return self.recipe.llm or self.path("text_model")
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How drawings are sampled: as they are for the scores."""
+        names = ("guidance", "temperature", "top_k")
+        return {name: self.recipe.evaluate[name] for name in names if name in self.recipe.evaluate}
+
     def stages(self) -> list[Stage]:
         r, p = self.recipe, self.path
         stages = []
@@ -215,14 +221,16 @@ class _Walk:
             held_out = f"{self.pictures['validation']} {texts}"
         command = (
             f"unimodal evaluate --model {p('model')} --base-llm {self.llm} "
-            f"--world {held_out} --out {p('report.json')}"
+            f"--world {held_out} --out {p('report.json')} "
+            + _flags({"seed": self.seed, **self.recipe.evaluate})
         )
         stages = [Stage("evaluate", command, self.evaluate)]
         if self.recipe.serve_check is not None:
             command = f"unimodal serve-check --model {p('model')} --out {p('vllm.json')}"
             stages.append(Stage("vllm", command, self.vllm))
         prompts = " ".join(f'"{prompt}"' for prompt in self.recipe.draw)
-        command = f"unimodal draw --model {p('model')} --out {p('drawings')} --seed 0 {prompts}"
+        flags = _flags({"seed": 0, **self.sampling})
+        command = f"unimodal draw --model {p('model')} --out {p('drawings')} {flags} {prompts}"
         stages.append(Stage("draw", command, self.draw))
         stages.append(Stage("report", f"unimodal report {self.out}", self.report))
         return stages
@@ -354,21 +362,16 @@ class _Walk:
 
     def draw(self) -> None:
         from unimodal.pipeline import Unimodal
+        from unimodal.terminal import save_png
 
         model = Unimodal.from_pretrained(self.path("model"))
-        sampling = {
-            name: self.recipe.evaluate[name]
-            for name in ("guidance", "temperature", "top_k")
-            if name in self.recipe.evaluate
-        }
-        pictures = model.draw(self.recipe.draw, seed=0, **sampling)
+        pictures = model.draw(self.recipe.draw, seed=0, **self.sampling)
         folder = self.out / "drawings"
         folder.mkdir(exist_ok=True)
         captions = model.caption(pictures)
         for number, (prompt, picture) in enumerate(zip(self.recipe.draw, pictures, strict=True)):
             file = folder / f"{number:02d}.png"
-            with atomic_write(file) as temporary:
-                picture.save(temporary, "PNG")
+            save_png(picture, file, {"prompt": prompt, "seed": number, **self.sampling})
             print(f'  "{prompt}" -> {file} -> "{captions[number]}"')
 
     def serve_prompts(self) -> list[str]:
@@ -391,6 +394,11 @@ class _Walk:
         values = {"seconds": self.seconds, "peak_rss_bytes": self.state["peak_rss_bytes"]}
         update_report(self.path("report.json"), values)
         write_report(self.out)
+
+
+def _flags(options: dict[str, Any]) -> str:
+    """Options as the command line takes them."""
+    return " ".join(f"--{name.replace('_', '-')} '{value}'" for name, value in options.items())
 
 
 def _captioned(rows: Any) -> Any:
