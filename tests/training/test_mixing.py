@@ -231,7 +231,7 @@ def test_chats_with_pictures_are_a_direction(merged: Path, tmp_path: Path) -> No
     file.write_text(json.dumps({"messages": turns}) + "\n")
     build_cache(file, merged, tmp_path / "cache", progress=False)
     examples = Examples(processor_of(merged), [tmp_path / "cache"])
-    assert examples.num_items == {"draw": 0, "caption": 0, "question": 0, "chat": 1, "text": 0}
+    assert {name: count for name, count in examples.num_items.items() if count} == {"chat": 1}
     [example] = examples.build([Pick("chat", 0, 0, False)])
     vocabulary = examples.processor.vocabulary
     learnt = example.labels[example.labels != IGNORED].tolist()
