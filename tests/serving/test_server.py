@@ -1,28 +1,23 @@
 """A real vLLM server, asked over HTTP by OpenAI's client, against transformers on the same folder.
 
-One server for the whole file. The model is tiny and random, but everything else is real. The image
-tokenizer is nested (spans of 2 to 48 codes) and the vocabulary mode is ``base``, where no text can
-spell a code: the harder case of both.
+The server is that of conftest.py: nested image tokenizer, ``base`` vocabulary.
 """
 
 import base64
 import io
 import time
-from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from tests.toy import nested_image_tokenizer, save_llm
+from tests.serving.asking import image_part, opened, picture, user
+from tests.serving.conftest import MOST
 from tokenizer_hf.image_processing_image_tokenizer import open_image
 from unimodal.generation.sampling import SamplingSettings, generate
-from unimodal.merge import merge
 from unimodal.pipeline import Unimodal
-from unimodal.serving.check import Server, compare, running_server
-from unimodal.serving.openai_shapes import data_uri
+from unimodal.serving.check import Server, compare
 
 openai = pytest.importorskip("openai", reason="openai's client is not installed")
 pytestmark = [
@@ -36,51 +31,7 @@ PROMPTS = [
     for colour in ("red", "blue")
     for shape in ("circle", "square", "star", "heart")
 ]
-LEAST, MOST = 2, 48
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = tmp_path_factory.mktemp("served")
-    # vLLM's CPU kernels want heads of 32 at least.
-    llm = save_llm(base / "llm", "qwen3", head_dim=32, num_attention_heads=2, num_key_value_heads=1)
-    nested_image_tokenizer(num_latent_tokens=MOST, codebook_size=64).save_pretrained(base / "it")
-    return merge(llm, base / "it", base / "toy", vocab_mode="base")
-
-
-@pytest.fixture(scope="session")
-def server(folder: Path) -> Iterator[Server]:
-    with running_server(folder, ["--max-num-seqs", "32"], log=folder.parent / "server.log") as it:
-        yield it
-
-
-@pytest.fixture(scope="session")
-def model(folder: Path) -> Unimodal:
-    return Unimodal.from_pretrained(folder, device="cpu", dtype="float32")
-
-
-@pytest.fixture
-def client(server: Server) -> Any:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
-
-
-def picture(index: int = 0) -> Image.Image:
-    image = Image.new("RGB", (24, 20), (40 * index % 255, 90, 255 - 30 * index % 255))
-    image.paste((250, 250, 20), (index, index, index + 9, index + 9))
-    return image
-
-
-def image_part(image: Image.Image) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": data_uri(image)}}
-
-
-def user(*parts: Any) -> dict[str, Any]:
-    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
-    return {"role": "user", "content": content}
-
-
-def opened(b64: str) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(b64)))
+LEAST = 2
 
 
 def test_greedy_ids_equal_those_of_transformers(server: Server, model: Unimodal) -> None:
