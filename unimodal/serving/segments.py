@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequen
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm import SamplingParams
 from vllm.inputs import tokens_input
@@ -29,6 +29,8 @@ MAX_IDLE_RESTARTS = 20
 COMPANION_TOKENS = 32
 """Most tokens that a companion request writes, see :meth:`ImageSegments._stepping_engine`."""
 
+
+T = TypeVar("T")
 
 OnIds = Callable[[list[int]], None]
 """Takes all ids that there are so far, each time there are more."""
@@ -288,7 +290,7 @@ class ImageSegments:
         return agreed
 
 
-async def together(requests: Iterable[Coroutine[Any, Any, list[int]]]) -> list[list[int]]:
+async def together(requests: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """Run coroutines side by side; if one fails or this is cancelled, cancel them all."""
     tasks = [asyncio.ensure_future(request) for request in requests]
     try:
