@@ -24,6 +24,7 @@ from unimodal.processing_unimodal import UnimodalProcessor
 from unimodal.serving import openapi
 from unimodal.serving.drawing import Drawing
 from unimodal.serving.images import ImagesReply
+from unimodal.serving.logits import START_BEFORE_KEY
 from unimodal.serving.openai_shapes import (
     ChatImageOptions,
     EditsRequest,
@@ -143,6 +144,10 @@ class UnimodalEndpoints:
             raise ConfigurationError(
                 f"{obstacle!r} came with a request for an image, expected plain turns of text and "
                 "images, and a reply that is free to hold one"
+            )
+        if START_BEFORE_KEY in (request.vllm_xargs or {}):
+            raise ConfigurationError(
+                f"vllm_xargs holds {START_BEFORE_KEY!r}, which is the server's own; leave it out"
             )
         if mode == "text" or obstacle:
             return await stock_chat_completion(request, raw_request)
