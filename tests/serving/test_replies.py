@@ -90,6 +90,8 @@ def ask(client: Any, prompt: Any, **changes: Any) -> Any:
     for name in ("modalities", "vllm_xargs"):
         if name in changes:
             extra[name] = changes.pop(name)
+    if extra.get("modalities") == ["text"]:
+        del extra["image"]
     request = {"temperature": 0, "max_tokens": TOKENS, **changes}
     messages = prompt if isinstance(prompt, list) else [user(prompt)]
     return client.chat.completions.create(
@@ -138,16 +140,22 @@ def check_shape(model: Unimodal, choice: Any) -> None:
     parts.append({"type": "text", "text": message.content[done:]})
     parts = [part for part in parts if part.get("text") != ""]
     wanted = model.processor.parse(choice.token_ids)
-    # parse cuts the white space around the whole reply, vLLM does not.
+    # parse cuts the white space around the whole reply, vLLM does not; and broken characters, of
+    # which this model writes many, vLLM may hold back.
     assert [part["type"][:5] for part in parts if part.get("text", "x").strip()] == [
         part["type"][:5] for part in wanted if part.get("text", "x").strip()
     ]
     assert [image["codes"] for image in images] == [
         part["codes"] for part in wanted if part["type"] == "image"
     ]
-    assert "".join(part.get("text", "") for part in wanted) == message.content.strip()
+    text = "".join(part.get("text", "") for part in wanted)
+    assert legible(text) == legible(message.content)
     for image, part in zip(images, (p for p in wanted if p["type"] == "image"), strict=True):
         assert opened(image).tobytes() == part["image"].tobytes()
+
+
+def legible(text: str) -> str:
+    return text.replace("\N{REPLACEMENT CHARACTER}", "").strip()
 
 
 def opened(part: dict[str, Any]) -> Image.Image:
@@ -299,11 +307,15 @@ def test_a_stream_holds_what_the_whole_answer_holds(
         assert usages[0].prompt_tokens == whole.usage.prompt_tokens
 
 
-def test_previews_come_before_their_image(client: Any, model: Unimodal, many: str) -> None:
-    stream = ask(client, many, stream=True, modalities=["image"], image={"partial_images": 3})
-    images = collect(list(stream))[0].images
+def test_previews_come_before_their_image(client: Any, model: Unimodal) -> None:
+    for prompt in PROMPTS:  # some images are too short for a preview
+        options = {"partial_images": 3}
+        stream = ask(client, prompt, stream=True, modalities=["image"], image=options)
+        images = collect(list(stream))[0].images
+        if len(images) > 2:
+            break
     assert [image["partial"] for image in images] == [True] * (len(images) - 1) + [False]
-    assert len(images) >= 2
+    assert 2 < len(images) <= 4
     assert {image["index"] for image in images} == {0}
     codes = images[-1]["codes"]
     assert all("codes" not in image for image in images[:-1])

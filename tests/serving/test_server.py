@@ -252,7 +252,7 @@ WRONG_CODES = {**REMOTE, "codes": [1, 2, 99999]}
         ({"messages": [user("x")], "modalities": ["text"], "image": {}}, "modalities"),
         ({"messages": [user("x")], "image": {"cfg": 2}}, "cfg"),
         ({"messages": [user("x")], "modalities": ["image"], "max_tokens": 3}, "max_completion"),
-        ({"messages": [user("x")], "modalities": ["image"], "n": 11}, "'n'"),
+        ({"messages": [user("x")], "modalities": ["image"], "n": 11}, "n above 10"),
         ({"messages": [user("x")], "modalities": ["image"], "echo": True}, "'echo'"),
         ({"messages": [user("x")], "modalities": ["image"], "image": {"cfg": 2}}, "cfg"),
         ({"messages": [user("x " * 600)], "modalities": ["image"]}, "context"),

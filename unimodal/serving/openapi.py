@@ -77,7 +77,7 @@ class ChatRequest(ChatCompletionRequest):
     """vLLM's chat request, and what the reply may hold."""
 
     messages: list[Message] = Field(min_length=1)  # type: ignore[assignment]
-    modalities: list[Literal["text", "image"]] | None = None
+    modalities: Annotated[list[Literal["text", "image"]], Field(min_length=1)] | None = None
     """Absent or both: the model decides. ["image"]: the reply begins with an image. ["text"]: no
     image."""
     image: ChatImageOptions | None = None

@@ -60,7 +60,7 @@ def why_no_images(request: ChatCompletionRequest) -> str | None:
         "tool_choice": request.tool_choice not in (None, "none", "auto"),
         "include_reasoning": not request.include_reasoning,
         "allowed_token_ids": request.allowed_token_ids is not None,
-        "n": (request.n or 1) > MAX_IMAGES,
+        f"n above {MAX_IMAGES}": (request.n or 1) > MAX_IMAGES,
     }
     return next((name for name, is_set in reasons.items() if is_set), None)
 
