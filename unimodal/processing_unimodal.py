@@ -7,6 +7,7 @@ the image vocabulary that joins them. The language model is not in it.
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -48,6 +49,7 @@ CAPTION_INSTRUCTION = "Describe the picture."
 DRAW_INSTRUCTION = "Draw: {prompt}"
 DRAW_DEFAULTS: dict[str, Any] = {"guidance": 3.0, "temperature": 1.0, "top_k": None}
 """How a model draws whose folder says nothing else."""
+NOT_YET = (128, 128, 128)  # RGB of what a preview does not know yet
 IMAGES_PER_BATCH = 64  # encoded or decoded at once; codes do not depend on it
 
 
@@ -125,10 +127,14 @@ class UnimodalProcessor(ProcessorMixin):
         instruction = {"type": "text", "text": self.caption_instruction}
         return [{"role": "user", "content": [part, instruction]}]
 
-    def draw_messages(self, prompt: str) -> list[Message]:
+    def draw_messages(self, prompt: str, images: Sequence[Message] = ()) -> list[Message]:
         """The conversation that asks for a drawing. The empty prompt is the unconditional one: what
-        training's prompt dropout shows, and what guidance leads away from."""
-        return [{"role": "user", "content": self.draw_instruction.replace("{prompt}", prompt)}]
+        training's prompt dropout shows, and what guidance leads away from. ``images`` are image
+        parts that the drawing takes up; they stand before the instruction."""
+        instruction = self.draw_instruction.replace("{prompt}", prompt)
+        if not images:
+            return [{"role": "user", "content": instruction}]
+        return [{"role": "user", "content": [*images, {"type": "text", "text": instruction}]}]
 
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False, **values: Any
@@ -368,6 +374,39 @@ class UnimodalProcessor(ProcessorMixin):
                 ):
                     images[index] = image
         return images
+
+    def decode_beginning(self, codes: Sequence[Any]) -> Image.Image | None:
+        """Show a picture of which only the first codes are known: a preview.
+
+        Where the codes are nested, their prefix is a picture already. Elsewhere the missing codes
+        are filled up with the commonest known one, and where codes have their place on a grid, the
+        cells that are still to come are gray.
+
+        Args:
+            codes: the first codes of one picture, (L,) or (L, G); all of them will do too.
+
+        Returns:
+            The picture, or None where the codes are too few to show anything.
+
+        Raises:
+            CodeError: more codes than a picture has, or codes that the image tokenizer lacks.
+        """
+        config = self._require_model().config
+        known = [tuple(code) if isinstance(code, list | tuple) else code for code in codes]
+        if len(known) < (config.min_tokens if config.is_nested else 1):
+            return None
+        if config.is_nested or len(known) >= config.num_tokens:
+            return self.decode_codes([known])[0]
+        missing = config.num_tokens - len(known)
+        commonest = Counter(known).most_common(1)[0][0]
+        [image] = self.decode_codes([[*known, *[commonest] * missing]])
+        if config.grid is not None:
+            rows, columns = config.grid
+            height, width = image.height // rows, image.width // columns
+            for cell in range(len(known), config.num_tokens):
+                left, top = cell % columns * width, cell // columns * height
+                image.paste(NOT_YET, (left, top, left + width, top + height))
+        return image
 
     def _require_model(self) -> ImageTokenizer:
         if self.vq_model is None:

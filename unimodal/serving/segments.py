@@ -8,10 +8,11 @@ Prefix caching makes the seam to the text before it nearly free.
 import asyncio
 import itertools
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from vllm import SamplingParams
 from vllm.inputs import tokens_input
@@ -27,6 +28,12 @@ MAX_IDLE_RESTARTS = 20
 
 COMPANION_TOKENS = 32
 """Most tokens that a companion request writes, see :meth:`ImageSegments._stepping_engine`."""
+
+
+T = TypeVar("T")
+
+OnIds = Callable[[list[int]], None]
+"""Takes all ids that there are so far, each time there are more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +62,8 @@ class ImageSegments:
         self.max_model_len: int = config.model_config.max_model_len
         self.guidance_problem = guidance_problem(config)
         """Why this server cannot draw with guidance; None where it can."""
+        self.pairs = 0
+        """Guided drawings begun since the server started."""
         self.restarts = 0
         """Times that a pair fell out of step, since the server started."""
         self._running = 0
@@ -91,6 +100,7 @@ class ImageSegments:
         negative: Sequence[int],
         settings: DrawSettings,
         *,
+        on_codes: OnIds | None = None,
         lora_request: Any = None,
         priority: int = 0,
     ) -> list[int]:
@@ -102,6 +112,9 @@ class ImageSegments:
             prompt: the ids that the image follows, without ``<|image_start|>``.
             negative: the unconditional prompt; used where guidance is not 1.
             settings: how.
+            on_codes: called on the event loop with all code ids of the image that are final so far,
+                each time there are more. A pair's are those that both requests agree on. Leave it
+                out where nobody looks: the engine then reports once, at the end.
             lora_request: vLLM's adapter, if one was asked for.
             priority: vLLM's scheduling priority.
 
@@ -125,20 +138,40 @@ class ImageSegments:
         )
         options = {"lora_request": lora_request, "priority": priority}
         most = grammar.max_span_ids - 2
+        report = on_codes and self._reporter(on_codes)
         if settings.guidance == 1:
-            written = await self._run([*prompt, start], segment, most, options)
+            written = await self._run([*prompt, start], segment, most, options, report)
         else:
             async with self._seats:
+                self.pairs += 1
                 prompts = ([*prompt, start], [*negative, start])
-                written = await self._run_pair(prompts, segment, most, options)
+                written = await self._run_pair(prompts, segment, most, options, report)
         span = [start, *written, *([] if written[-1:] == [end] else [end])]
         problem = grammar.check_span(span)
         if problem:
             raise ServingError(f"the engine broke an image off: {problem}; ask for it again")
         return span
 
+    def _reporter(self, on_codes: OnIds) -> OnIds:
+        """Return what takes ids so far and passes codes on, once each time there are more."""
+        reported = 0
+
+        def report(ids: list[int]) -> None:
+            nonlocal reported
+            codes = ids[:-1] if ids[-1:] == [self.vocabulary.end_token_id] else ids
+            if len(codes) > reported:
+                reported = len(codes)
+                on_codes(codes)
+
+        return report
+
     async def _run(
-        self, prompt: list[int], segment: Segment, max_tokens: int, options: dict[str, Any]
+        self,
+        prompt: list[int],
+        segment: Segment,
+        max_tokens: int,
+        options: dict[str, Any],
+        report: OnIds | None = None,
     ) -> list[int]:
         """Run one request to its end and return what it wrote."""
         params = SamplingParams(
@@ -147,7 +180,8 @@ class ImageSegments:
             stop_token_ids=[self.vocabulary.start_token_id, self.vocabulary.end_token_id],
             ignore_eos=True,
             detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            # Every output costs the API process time, so none on the way where nobody looks.
+            output_kind=RequestOutputKind.DELTA if report else RequestOutputKind.FINAL_ONLY,
             extra_args=segment.to_extra_args(),
         )
         request_id = f"image-{uuid.uuid4().hex}"
@@ -159,7 +193,9 @@ class ImageSegments:
             async for output in self.engine.generate(
                 tokens_input(prompt), params, request_id, **options
             ):
-                written = list(output.outputs[0].token_ids)
+                written.extend(output.outputs[0].token_ids)
+                if report:
+                    report(list(written))
         finally:
             self._running -= 1
         return written
@@ -170,6 +206,7 @@ class ImageSegments:
         segment: Segment,
         max_tokens: int,
         options: dict[str, Any],
+        report: OnIds | None,
     ) -> list[int]:
         """Run a pair, resumed behind the last common id as often as it falls out of step."""
         common: list[int] = []
@@ -178,9 +215,13 @@ class ImageSegments:
             options = dict(options, data_parallel_rank=next(self._ranks))
         while True:
             rest = replace(segment, done=len(common), pair=uuid.uuid4().hex)
+            reports = self._reports_of_halves(common, report)
+            room = max_tokens - len(common)
             halves = [
-                ([*prompt, *common], replace(rest, role=role), max_tokens - len(common), options)
-                for prompt, role in zip(prompts, (CONDITIONAL, UNCONDITIONAL), strict=True)
+                ([*prompt, *common], replace(rest, role=role), room, options, report_half)
+                for prompt, role, report_half in zip(
+                    prompts, (CONDITIONAL, UNCONDITIONAL), reports, strict=True
+                )
             ]
             if idle or not self._running:
                 async with self._stepping_engine(prompts[0][:1], options):
@@ -199,6 +240,21 @@ class ImageSegments:
                     "overloaded: try again later, or with guidance_scale 1"
                 )
             await asyncio.sleep(0.01 * idle)
+
+    def _reports_of_halves(
+        self, common: Sequence[int], report: OnIds | None
+    ) -> tuple[OnIds | None, OnIds | None]:
+        """Return what takes the ids of either request of a pair and reports those of both."""
+        if report is None:
+            return None, None
+        before = list(common)
+        so_far: list[list[int]] = [[], []]
+
+        def take(half: int, ids: list[int]) -> None:
+            so_far[half] = ids
+            report([*before, *self._agreed(*so_far)])
+
+        return partial(take, 0), partial(take, 1)
 
     @asynccontextmanager
     async def _stepping_engine(
@@ -234,7 +290,7 @@ class ImageSegments:
         return agreed
 
 
-async def together(requests: Iterable[Coroutine[Any, Any, list[int]]]) -> list[list[int]]:
+async def together(requests: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """Run coroutines side by side; if one fails or this is cancelled, cancel them all."""
     tasks = [asyncio.ensure_future(request) for request in requests]
     try:
