@@ -291,3 +291,24 @@ def test_speculative_decoding_and_foreign_folders_are_refused(tmp_path: Any) -> 
     (tmp_path / "processor_config.json").unlink()
     with pytest.raises(ConfigurationError, match="unimodal merge"):
         load_vocabulary(str(tmp_path))
+
+
+def test_bench_masking_prints_and_writes_ratios_of_every_kind(tmp_path: Any) -> None:
+    import json
+
+    from typer.testing import CliRunner
+
+    from tests.toy import toy_merged_folder
+    from unimodal.cli import app
+
+    folder, out = toy_merged_folder(tmp_path), tmp_path / "deep" / "bench.json"
+    command = ["bench", "masking", "--model", str(folder), "--out", str(out), "--rounds", "3"]
+    done = CliRunner().invoke(app, [*command, "--batch", "1", "--batch", "6"])
+    assert done.exit_code == 0, done.output
+    result = json.loads(out.read_text())
+    assert json.loads(done.stdout) == result
+    one, six = result["batches"]
+    assert set(one) == {"batch", "step_ms", "images", "texts"}
+    assert set(six) == {"batch", "step_ms", "images", "pairs", "texts", "mixed"}
+    for kind in ("images", "pairs", "texts", "mixed"):
+        assert six[kind]["apply_ms"] > 0 and six[kind]["ratio"] > 0
