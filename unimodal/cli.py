@@ -1048,6 +1048,53 @@ def bench_guidance(
     print(text)
 
 
+@bench.command("masking")
+def bench_masking(
+    model: Annotated[str, typer.Option(help="A merged model: folder or hub id.")],
+    out: Annotated[Path | None, typer.Option(help="Write the JSON here too.")] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(help="Rows in a batch; may be given several times. [1 16 64]"),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Steps that are timed.")] = 31,
+    temperature: Annotated[float, typer.Option(help="Of the image rows; 0 is greedy.")] = 1.0,
+    threads: Annotated[int | None, typer.Option(help="Processor threads; all by default.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+) -> None:
+    """Time vLLM's part of our grammar and guidance beside a decode step of the model; print JSON.
+
+    `ratio` is the median over the rounds of the logits processor's time by a step's, for batches of
+    images, guided pairs, texts, and all of them. Run it on an idle machine. Needs vLLM.
+    """
+    import json
+
+    import torch
+
+    from tokenizer_hf.files import atomic_write
+    from unimodal.pipeline import Unimodal
+    from unimodal.serving.serve import require_vllm
+
+    require_vllm()
+    from unimodal.serving.masking_benchmark import measure_masking
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loaded = Unimodal.from_pretrained(model, device=device)
+    result = measure_masking(
+        model,
+        loaded.model,
+        loaded.processor.vocabulary,
+        batch_sizes=batch or (1, 16, 64),
+        rounds=rounds,
+        temperature=temperature,
+    )
+    text = json.dumps(result, indent=2)
+    if out is not None:
+        with atomic_write(out) as path:
+            path.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
 def main() -> None:
     """Run the command line. Errors are one line and an exit code; ``--debug`` shows the traceback.
 
