@@ -12,7 +12,6 @@ from typing import Any
 
 from PIL import Image
 
-from unimodal.pipeline import GUIDANCE
 from unimodal.serving.openai_shapes import ImageOptions
 from unimodal.serving.prompts import Prompts
 from unimodal.serving.segments import DrawSettings, ImageSegments
@@ -46,28 +45,31 @@ class Drawing:
         self.prompts = prompts
         self.processor = prompts.processor
         self.vocabulary = segments.vocabulary
+        own = self.processor.draw_settings
+        self.own_settings: dict[str, Any] = {
+            "temperature": own["temperature"],
+            "top_k": own["top_k"] or 0,
+            "guidance_scale": 1.0 if segments.guidance_problem else own["guidance"],
+        }
+        """What counts where a request says nothing."""
         self._negatives: dict[str, list[int]] = {}
         """Unconditional prompts by text; nearly every request has the same."""
 
     def settings(self, options: ImageOptions, seed: int) -> DrawSettings:
         """Return how one image is drawn."""
+        given = {name: getattr(options, name) for name in self.own_settings}
+        used = {n: own if given[n] is None else given[n] for n, own in self.own_settings.items()}
         return DrawSettings(
-            temperature=options.temperature,
-            top_k=options.top_k,
-            guidance=self.guidance(options),
+            temperature=used["temperature"],
+            top_k=used["top_k"],
+            guidance=used["guidance_scale"],
             budget=options.budget,
             seed=seed,
         )
 
-    def guidance(self, options: ImageOptions) -> float:
-        """Return the guidance that was asked for, or what this server takes without a word."""
-        if options.guidance_scale is not None:
-            return options.guidance_scale
-        return 1.0 if self.segments.guidance_problem else GUIDANCE
-
     async def negative(self, options: ImageOptions) -> list[int]:
         """The unconditional prompt; not needed, and empty, where guidance is off."""
-        if self.guidance(options) == 1:
+        if self.settings(options, 0).guidance == 1:
             return []
         text = options.negative_prompt
         if text not in self._negatives:

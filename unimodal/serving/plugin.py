@@ -185,7 +185,7 @@ class UnimodalEndpoints:
             card["unimodal"] = abilities(
                 self.drawing.vocabulary,
                 self.image_size,
-                self.drawing.guidance(ChatImageOptions()),
+                self.drawing.own_settings,
                 self.drawing.segments.guidance_problem,
             ).model_dump()
         return JSONResponse(answer)
