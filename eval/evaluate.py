@@ -371,7 +371,7 @@ def _dialogues(run: _Run, level: Level | None) -> dict[str, Any]:
         drawn = _draw_in_dialogues(run, talks)
         rng = random.Random(f"{settings.seed}-dialogues")
         asked = [_questions_about(picture, rng) for picture in drawn]
-        rows = []
+        rows: list[dict[str, Any]] = []
         for turn in range(_DIALOGUE_QUESTIONS):
             going = [i for i, pairs in enumerate(asked) if turn < len(pairs)]
             for i in going:

@@ -844,8 +844,10 @@ def choose_sampling_command(
     from eval.choose_sampling import SamplingGrid, choose_sampling
     from eval.shapes.scene import Level
 
-    given = {"guidance": guidance, "temperature": temperature}
-    grid = SamplingGrid(**{name: value for name, value in given.items() if value})
+    usual = SamplingGrid()
+    grid = SamplingGrid(
+        guidance=guidance or usual.guidance, temperature=temperature or usual.temperature
+    )
     for one in choose_sampling(model, cast(Level, level), grid=grid, n=n, seed=seed):
         typer.echo(
             f"guidance {one['guidance']:<4} temperature {one['temperature']:<4} "
