@@ -20,6 +20,7 @@ from tests.toy import toy_extension
 from tokenizer_hf.errors import ConfigurationError
 from tokenizer_hf.vocabulary import VocabularyExtension
 from unimodal.serving.logits import (
+    CERTAIN,
     CONDITIONAL,
     START_BEFORE_KEY,
     UNCONDITIONAL,
@@ -86,6 +87,13 @@ def finite(row: torch.Tensor) -> list[int]:
     return row.isfinite().nonzero()[:, 0].tolist()
 
 
+def drawn(row: torch.Tensor) -> list[int]:
+    """The ids of a row that vLLM's greedy sampler must take; one, where an image is drawn."""
+    ids = (row == CERTAIN).nonzero()[:, 0].tolist()
+    assert ids in ([], [int(row.argmax())])
+    return ids
+
+
 def test_is_a_subclass_of_both_interfaces() -> None:
     assert issubclass(ImageLogitsProcessor, LogitsProcessorV1)
     assert issubclass(ImageLogitsProcessor, LogitsProcessorV2)
@@ -120,7 +128,7 @@ def test_a_text_row_may_start_an_image_where_it_is_opened_and_stops_there(tmp_pa
         logits = torch.randn(4, FIXED.rows)
         processor.apply(logits)
         assert [finite(logits[row]) for row in range(3)] == [text, expected, text]
-        assert len(finite(logits[3])) == 1
+        assert len(drawn(logits[3])) == 1
         outputs.append(5)
     processor.update_state(update(removed=[1, 3]))
     logits = torch.randn(2, FIXED.rows)
@@ -155,7 +163,7 @@ def test_an_image_row_draws_the_likeliest_code_of_its_codebook(tmp_path: Any) ->
         first, stop = TWO_BOOKS.ranges[position % 2]
         best = first + int(logits[0, first:stop].argmax())
         processor.apply(logits)
-        assert finite(logits[0]) == [best]
+        assert drawn(logits[0]) == [best]
         output.append(best)
     assert TWO_BOOKS.to_codes(output)
 
@@ -170,7 +178,7 @@ def test_a_nested_span_may_end_between_its_lengths(tmp_path: Any) -> None:
         logits = torch.zeros(1, NESTED.rows)
         logits[0, end] = 9.0
         processor.apply(logits)
-        assert (finite(logits[0]) == [end]) == expected
+        assert (drawn(logits[0]) == [end]) == expected
 
 
 def test_a_length_beyond_the_tokenizer_is_cut(tmp_path: Any) -> None:
@@ -179,7 +187,7 @@ def test_a_length_beyond_the_tokenizer_is_cut(tmp_path: Any) -> None:
     processor.update_state(update(added=[(0, params(wild), [], [])]))
     logits = torch.zeros(1, NESTED.rows)
     processor.apply(logits)
-    assert finite(logits[0]) == [NESTED.end_token_id]
+    assert drawn(logits[0]) == [NESTED.end_token_id]
 
 
 def test_rows_are_followed_through_removals_swaps_and_moves(tmp_path: Any) -> None:
@@ -204,7 +212,7 @@ def test_rows_are_followed_through_removals_swaps_and_moves(tmp_path: Any) -> No
 def drawing_rows(processor: ImageLogitsProcessor, count: int) -> list[int]:
     logits = torch.zeros(count, FIXED.rows)
     processor.apply(logits)
-    return [row for row in range(count) if len(finite(logits[row])) == 1]
+    return [row for row in range(count) if drawn(logits[row])]
 
 
 def pair(scale: float = 3.0, **changes: Any) -> tuple[SamplingParams, SamplingParams]:
@@ -225,7 +233,7 @@ def test_a_pair_in_step_gets_the_id_of_the_mixed_logits(tmp_path: Any) -> None:
     best = first + int(mixed[first:stop].argmax())
     text = logits[1, :100].clone()
     processor.apply(logits)
-    assert finite(logits[0]) == finite(logits[2]) == [best]
+    assert drawn(logits[0]) == drawn(logits[2]) == [best]
     assert torch.equal(logits[1, :100], text)
 
 
@@ -239,23 +247,23 @@ def test_a_row_without_its_partner_is_stopped(tmp_path: Any, others: list[Any]) 
     logits = torch.randn(1 + len(others), FIXED.rows)
     processor.apply(logits)
     for row in logits:
-        assert finite(row) == [FIXED.start_token_id]
+        assert drawn(row) == [FIXED.start_token_id]
 
 
 def test_a_restarted_row_draws_what_it_would_have_drawn(tmp_path: Any) -> None:
     processor = v1(tmp_path)
     logits = torch.randn(1, FIXED.rows)
-    drawn = []
+    ids = []
     for done, output in ((0, [102, 103]), (2, [])):
         extra = segment(done=done, temperature=1.0, seed=11)
         processor.update_state(update(added=[(0, params(extra), [], output)]))
-        drawn.append(finite(processor.apply(logits.clone())[0]))
-    assert drawn[0] == drawn[1]
+        ids.append(drawn(processor.apply(logits.clone())[0]))
+    assert ids[0] == ids[1] != []
     seeds = set()
     for seed in range(40):
         extra = segment(temperature=1.0, seed=seed)
         processor.update_state(update(added=[(0, params(extra), [], [])]))
-        seeds.update(finite(processor.apply(logits.clone())[0]))
+        seeds.update(drawn(processor.apply(logits.clone())[0]))
     assert len(seeds) > 2
 
 
@@ -271,9 +279,9 @@ def test_v2_interface_with_hand_made_contexts(tmp_path: Any) -> None:
     best = first + int(mixed[first:stop].argmax())
     single = first + int(logits[3, first:stop].argmax())
     processor.apply(logits, context([1, 3, 0, 2], [10, 20, 6, 4]))
-    assert finite(logits[0]) == finite(logits[2]) == [best]
+    assert drawn(logits[0]) == drawn(logits[2]) == [best]
     assert finite(logits[1]) == list(range(100))
-    assert finite(logits[3]) == [single]
+    assert drawn(logits[3]) == [single]
 
 
 def test_v2_interface_stops_a_pair_out_of_step_and_reuses_slots(tmp_path: Any) -> None:
@@ -282,7 +290,7 @@ def test_v2_interface_stops_a_pair_out_of_step_and_reuses_slots(tmp_path: Any) -
         processor.add_request(slot, request)
     logits = torch.randn(2, FIXED.rows)
     processor.apply(logits, context([0, 1], [6, 9]))
-    assert finite(logits[0]) == finite(logits[1]) == [FIXED.start_token_id]
+    assert drawn(logits[0]) == drawn(logits[1]) == [FIXED.start_token_id]
     processor.add_request(0, params())
     logits = torch.randn(1, FIXED.rows)
     processor.apply(logits, context([0], [6]))
@@ -294,7 +302,7 @@ def test_v2_interface_ignores_a_prompt_that_is_still_being_read(tmp_path: Any) -
     processor.add_request(0, params(segment()))
     logits = torch.randn(1, FIXED.rows)
     processor.apply(logits, context([0], [32]))
-    assert finite(logits[0]) == [FIXED.start_token_id]
+    assert drawn(logits[0]) == [FIXED.start_token_id]
 
 
 @pytest.mark.parametrize(
@@ -328,3 +336,24 @@ def test_speculative_decoding_and_foreign_folders_are_refused(tmp_path: Any) -> 
     (tmp_path / "processor_config.json").unlink()
     with pytest.raises(ConfigurationError, match="unimodal merge"):
         load_vocabulary(str(tmp_path))
+
+
+def test_bench_masking_prints_and_writes_ratios_of_every_kind(tmp_path: Any) -> None:
+    import json
+
+    from typer.testing import CliRunner
+
+    from tests.toy import toy_merged_folder
+    from unimodal.cli import app
+
+    folder, out = toy_merged_folder(tmp_path), tmp_path / "deep" / "bench.json"
+    command = ["bench", "masking", "--model", str(folder), "--out", str(out), "--rounds", "3"]
+    done = CliRunner().invoke(app, [*command, "--batch", "1", "--batch", "6"])
+    assert done.exit_code == 0, done.output
+    result = json.loads(out.read_text())
+    assert json.loads(done.stdout) == result
+    one, six = result["batches"]
+    assert set(one) == {"batch", "step_ms", "images", "texts"}
+    assert set(six) == {"batch", "step_ms", "images", "pairs", "texts", "mixed"}
+    for kind in ("images", "pairs", "texts", "mixed"):
+        assert six[kind]["apply_ms"] > 0 and six[kind]["ratio"] > 0

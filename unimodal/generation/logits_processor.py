@@ -37,8 +37,16 @@ def legal_columns(logits_BV: Tensor, ranges: Ranges) -> Tensor:
 
 
 def clean(logits_BK: Tensor) -> Tensor:
-    """Make logits safe: NaN to -inf, +inf to a sixteenth of the largest float, no row all -inf."""
+    """Make logits safe: NaN to -inf, +inf to a sixteenth of the largest float, no row all -inf.
+
+    Returns the tensor itself where a look at its largest values (which a NaN would show in) tells
+    that there is nothing to do. A GPU is not asked: the answer would have to be waited for.
+    """
     large = torch.finfo(logits_BK.dtype).max / 16
+    if logits_BK.device.type == "cpu":
+        largest_B = logits_BK.amax(-1)
+        if bool(((largest_B > -torch.inf) & (largest_B <= large)).all()):
+            return logits_BK
     logits_BK = torch.nan_to_num(logits_BK, nan=-torch.inf, posinf=large, neginf=-torch.inf)
     logits_BK = logits_BK.clamp(max=large)
     hopeless_B1 = logits_BK.amax(-1, keepdim=True) == -torch.inf
@@ -65,8 +73,10 @@ def draw(logits_BK: Tensor, uniforms_B: Tensor, temperature: float, top_k: int |
     order_BK = None
     if top_k and top_k < logits_BK.shape[-1]:
         logits_BK, order_BK = logits_BK.topk(top_k, dim=-1)
-    shifted_BK = logits_BK.double() - logits_BK.amax(-1, keepdim=True).double()
-    cumulative_BK = (shifted_BK / temperature).exp().cumsum(-1)
+    largest_B1 = logits_BK.amax(-1, keepdim=True).double()
+    # In place: fresh memory for every step costs more than the arithmetic.
+    cumulative_BK = logits_BK.to(torch.float64, copy=True).sub_(largest_B1).div_(temperature)
+    cumulative_BK = cumulative_BK.exp_().cumsum_(-1)
     target_B1 = uniforms_B[:, None] * cumulative_BK[:, -1:]
     column_B1 = torch.searchsorted(cumulative_BK, target_B1, right=True)
     column_B1 = column_B1.clamp(max=logits_BK.shape[-1] - 1)

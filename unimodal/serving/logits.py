@@ -11,9 +11,10 @@ without one is text: it can write no image id and no padded id, whatever endpoin
 exception: a text request that stops at ``<|image_start|>`` may write that id, up to the position in
 ``extra_args["unimodal_start_before"]``; serving/replies.py then goes on with an image segment.
 
-Image codes are drawn here, by the functions that the transformers backend draws with, and the id is
-the only one left in the row when vLLM's own (greedy) sampler looks at it. So a seed gives the same
-picture in both backends, as far as their logits agree.
+Image codes are drawn here, by the functions that the transformers backend draws with, and the id
+gets a logit that no model writes, so that vLLM's own (greedy) sampler takes it. So a seed gives the
+same picture in both backends, as far as their logits agree. The rest of an image row is left alone:
+a step looks at the columns of the legal ids only, whatever the size of the text vocabulary.
 
 Guidance. The conditional and the unconditional prompt are two requests with the same pair id. Where
 both stand at the same code in the same step, their logits are mixed over the image ids and one id
@@ -37,7 +38,7 @@ from tokenizer_hf.errors import ConfigurationError
 from tokenizer_hf.vocabulary import ImageVocabulary
 from unimodal.generation.grammar import ImageSpanGrammar, SpanState
 from unimodal.generation.guidance import mix_logits
-from unimodal.generation.logits_processor import draw, legal_columns, legal_ids
+from unimodal.generation.logits_processor import clean, draw, legal_ids
 from unimodal.serving.vllm_private import (
     BatchUpdate,
     LogitsContext,
@@ -52,9 +53,13 @@ START_BEFORE_KEY = "unimodal_start_before"
 """A text request may write ``<|image_start|>`` as its id number p (from 0) where p is below this
 entry of its extra arguments, if the id is one of its ``stop_token_ids``."""
 CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"
+CERTAIN = 1e30
+"""The logit of an id that has been drawn; finite, since vLLM may take a softmax of the row."""
 _ROOM = 1 << 30  # an image segment always has room: the front end checked the context length
 
 Ranges = tuple[tuple[int, int], ...]
+Warp = tuple[float, int, float | None]
+"""Temperature, top-k, and guidance where there is a pair."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,25 +149,32 @@ def load_vocabulary(model: str, revision: str | None = None) -> ImageVocabulary:
 class _Drawing:
     """An image segment in the engine's batch."""
 
-    def __init__(self, segment: Segment, grammar: ImageSpanGrammar, outputs: Sequence[int]) -> None:
-        self.segment = segment
-        self.grammar = grammar
+    __slots__ = ("_ranges", "_uniforms", "done", "outputs", "pair", "role", "warp")
+
+    def __init__(self, segment: Segment, ranges: Sequence[Ranges], outputs: Sequence[int]) -> None:
+        self.done = segment.done
+        self.pair = segment.pair
+        self.role = segment.role
+        guidance = None if segment.pair is None else segment.guidance
+        self.warp: Warp = (segment.temperature, segment.top_k, guidance)
         self.outputs = outputs
         """The request's growing list of output ids (V1; V2 counts by sequence lengths)."""
+        self._ranges = ranges
         # As unimodal.generation.sampling draws: number 0 belongs to <|image_start|>, code p takes
         # number p + 1. p is counted from the image's start, so a restart changes no draw.
         generator = torch.Generator().manual_seed(segment.seed)
-        count = grammar.max_span_ids
+        count = len(ranges) + 1
         self._uniforms = torch.rand(count, dtype=torch.float64, generator=generator).tolist()
+
+    # With asynchronous scheduling a finished request can be in one more batch: hence the min.
 
     def uniform(self, position: int) -> float:
         """The random number in [0, 1) that draws the code behind ``position`` code ids."""
-        # With asynchronous scheduling a finished request can be in one more batch.
         return self._uniforms[min(position + 1, len(self._uniforms) - 1)]
 
     def ranges(self, position: int) -> Ranges:
         """The ids that are legal behind ``position`` code ids."""
-        return self.grammar.allowed(SpanState(position, 1), _ROOM).ranges
+        return self._ranges[min(position, len(self._ranges) - 1)]
 
 
 @dataclass(frozen=True)
@@ -175,14 +187,9 @@ class _Opening:
     """As those of a drawing."""
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One row of this step's batch that draws."""
-
-    index: int
-    drawing: _Drawing
-    position: int
-    """Code ids of the image so far, those in the prompt included."""
+Row = tuple[int, _Drawing, int]
+"""A row of this step's batch that draws: its index, its drawing, and the number of code ids that
+the image has so far, those in the prompt included."""
 
 
 class ImageLogitsProcessor(LogitsProcessorV2, LogitsProcessorV1):
@@ -266,52 +273,46 @@ class ImageLogitsProcessor(LogitsProcessorV2, LogitsProcessorV1):
             ctx: V2 only.
         """
         rows = self._rows_v1() if ctx is None else self._rows_v2(ctx)
-        drawing = {row.index for row in rows}
-        text = [index for index in range(logits.shape[0]) if index not in drawing]
-        openings = self._openings_v1() if ctx is None else self._openings_v2(ctx)
-        if openings:
-            _keep_only(logits, text, self._text_or_start)
-            if closed := [index for index in text if index not in openings]:
-                logits[closed, self.vocabulary.start_token_id] = float("-inf")
-        else:
-            _keep_only(logits, text, self._text)
-        if not rows:
-            return logits
-        singles, pairs, alone = _sort_out(rows)
-        groups: dict[tuple[Any, ...], list[tuple[_Row, _Row]]] = {}
-        for first, second in [*((row, row) for row in singles), *pairs]:
-            segment = first.drawing.segment
-            guided = first is not second
-            warp = (segment.temperature, segment.top_k, segment.guidance if guided else None)
-            key = (first.drawing.ranges(first.position), *warp)
-            groups.setdefault(key, []).append((first, second))
-        for (ranges, temperature, top_k, guidance), members in groups.items():
-            self._draw(logits, members, ranges, temperature, top_k, guidance)
-        start = torch.tensor(self.vocabulary.start_token_id, device=logits.device)
-        _keep_one(logits, [row.index for row in alone], start)
+        drawn = [self._draw(logits, *group) for group in _group(rows)]
+        if len(rows) < logits.shape[0]:
+            drawing = {row[0] for row in rows}
+            text = [index for index in range(logits.shape[0]) if index not in drawing]
+            self._mask_text(logits, text, ctx)
+        for indices, token_ids in drawn:
+            logits[torch.tensor(indices, device=logits.device), token_ids] = CERTAIN
         return logits
 
+    def _mask_text(self, logits: Tensor, text: list[int], ctx: "LogitsContext | None") -> None:
+        """Leave the text ids, and ``<|image_start|>`` where a row may still begin an image."""
+        openings = self._openings_v1() if ctx is None else self._openings_v2(ctx)
+        if not openings:
+            _keep_only(logits, text, self._text)
+            return
+        _keep_only(logits, text, self._text_or_start)
+        if closed := [index for index in text if index not in openings]:
+            logits[closed, self.vocabulary.start_token_id] = float("-inf")
+
     def _draw(
-        self,
-        logits: Tensor,
-        members: list[tuple[_Row, _Row]],
-        ranges: Ranges,
-        temperature: float,
-        top_k: int,
-        guidance: float | None,
-    ) -> None:
-        """Draw one id for each member and leave only it in the member's one or two rows."""
-        firsts = [first.index for first, _ in members]
-        seconds = [second.index for _, second in members]
-        columns = legal_columns(logits[firsts], ranges)
+        self, logits: Tensor, ranges: Ranges | None, warp: Warp, members: list[tuple[Row, Row]]
+    ) -> tuple[list[int], Tensor]:
+        """Draw one id for each member; return row indices and the ids to write there."""
+        firsts = [first[0] for first, _ in members]
+        if ranges is None:  # out of step: stop
+            return firsts, torch.tensor(self.vocabulary.start_token_id, device=logits.device)
+        temperature, top_k, guidance = warp
+        columns = clean(_columns(logits, firsts, ranges))
+        seconds = []
         if guidance is not None:
-            columns = mix_logits(columns, legal_columns(logits[seconds], ranges), guidance)
-        uniforms = [first.drawing.uniform(first.position) for first, _ in members]
-        uniforms_B = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
+            seconds = [second[0] for _, second in members]
+            other = clean(_columns(logits, seconds, ranges))
+            columns = mix_logits(columns, other, guidance)
+        uniforms_B = torch.empty(0)
+        if temperature:
+            uniforms = [drawing.uniform(position) for (_, drawing, position), _ in members]
+            uniforms_B = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
         picked = draw(columns, uniforms_B, temperature, top_k)
         token_ids = legal_ids(ranges, logits.device)[picked]
-        for indices in (firsts, seconds):
-            _keep_one(logits, indices, token_ids)
+        return firsts + seconds, token_ids.repeat(2) if seconds else token_ids
 
     def _put(self, index: int, drawing: "_Drawing | _Opening | None") -> None:
         if drawing is None:
@@ -326,10 +327,8 @@ class ImageLogitsProcessor(LogitsProcessorV2, LogitsProcessorV1):
         # /inference/v1/generate takes extra arguments as they come; no length may stop the engine.
         least, most = self.vocabulary.min_tokens, self.vocabulary.num_tokens
         max_codes = min(max(segment.max_codes, least), most)
-        grammar = _grammar(
-            self.vocabulary, min(max(segment.min_codes, least), max_codes), max_codes
-        )
-        return _Drawing(segment, grammar, outputs)
+        min_codes = min(max(segment.min_codes, least), max_codes)
+        return _Drawing(segment, _span_ranges(self.vocabulary, min_codes, max_codes), outputs)
 
     def _opening(self, params: Any, outputs: Sequence[int]) -> _Opening | None:
         before = (params.extra_args or {}).get(START_BEFORE_KEY)
@@ -356,14 +355,14 @@ class ImageLogitsProcessor(LogitsProcessorV2, LogitsProcessorV1):
                     openings.add(index)
         return openings
 
-    def _rows_v1(self) -> list[_Row]:
+    def _rows_v1(self) -> list[Row]:
         return [
-            _Row(index, drawing, drawing.segment.done + len(drawing.outputs))
+            (index, drawing, drawing.done + len(drawing.outputs))
             for index, drawing in self._drawings.items()
             if isinstance(drawing, _Drawing)
         ]
 
-    def _rows_v2(self, ctx: "LogitsContext") -> list[_Row]:
+    def _rows_v2(self, ctx: "LogitsContext") -> list[Row]:
         assert self._states is not None
         prompt_lengths = self._states.prompt_len.np
         rows = []
@@ -372,55 +371,70 @@ class ImageLogitsProcessor(LogitsProcessorV2, LogitsProcessorV1):
             if isinstance(drawing, _Drawing):
                 written = int(ctx.seq_lens_upper_bound_np[index]) - int(prompt_lengths[slot])
                 # Negative while a long prompt is still being read; what is drawn is thrown away.
-                position = drawing.segment.done + written if written >= 0 else -1
-                rows.append(_Row(index, drawing, position))
+                rows.append((index, drawing, drawing.done + written if written >= 0 else -1))
         return rows
 
 
-def _sort_out(rows: list[_Row]) -> tuple[list[_Row], list[tuple[_Row, _Row]], list[_Row]]:
-    """Return unguided rows, guided pairs (conditional first), and rows that stand alone."""
-    singles: list[_Row] = []
-    alone: list[_Row] = []
-    pairs: dict[str, dict[str, _Row]] = {}
+Group = tuple[Ranges | None, Warp, list[tuple[Row, Row]]]
+
+
+def _group(rows: Sequence[Row]) -> list[Group]:
+    """Put together what is drawn in the same way: single rows (twice the same) and whole pairs.
+
+    Rows that have to stop, since they stand without their partner, come with None for the ranges.
+    """
+    members: list[tuple[Row, Row]] = []
+    alone: list[tuple[Row, Row]] = []
+    waiting: dict[str, Row] = {}
     for row in rows:
-        segment = row.drawing.segment
-        if row.position < 0:
-            alone.append(row)
-        elif segment.pair is None:
-            singles.append(row)
+        _index, drawing, position = row
+        if position < 0:
+            alone.append((row, row))
+        elif drawing.pair is None:
+            members.append((row, row))
+        elif (other := waiting.pop(drawing.pair, None)) is None:
+            waiting[drawing.pair] = row
+        elif other[2] == position and other[1].role != drawing.role:
+            members.append((row, other) if drawing.role == CONDITIONAL else (other, row))
         else:
-            pairs.setdefault(segment.pair, {})[segment.role] = row
-    complete: list[tuple[_Row, _Row]] = []
-    for pair in pairs.values():
-        first, second = pair.get(CONDITIONAL), pair.get(UNCONDITIONAL)
-        if first and second and first.position == second.position:
-            complete.append((first, second))
-        else:
-            alone.extend(pair.values())
-    return singles, complete, alone
+            alone += [(row, row), (other, other)]
+    alone += [(row, row) for row in waiting.values()]
+    groups: dict[tuple[Ranges, Warp], list[tuple[Row, Row]]] = {}
+    for member in members:
+        _index, drawing, position = member[0]
+        groups.setdefault((drawing.ranges(position), drawing.warp), []).append(member)
+    stop: list[Group] = [(None, (0.0, 0, None), alone)] if alone else []
+    return [(*key, group) for key, group in groups.items()] + stop
 
 
 @lru_cache(maxsize=256)
-def _grammar(vocabulary: ImageVocabulary, min_codes: int, max_codes: int) -> ImageSpanGrammar:
-    return ImageSpanGrammar(vocabulary, min_codes, max_codes, mode="image")
+def _span_ranges(vocabulary: ImageVocabulary, min_codes: int, max_codes: int) -> list[Ranges]:
+    """Return the legal ids behind each number of code ids, from none to as many as there may be."""
+    grammar = ImageSpanGrammar(vocabulary, min_codes, max_codes, mode="image")
+    positions = range(grammar.max_span_ids - 1)
+    return [grammar.allowed(SpanState(position, 1), _ROOM).ranges for position in positions]
 
 
-def _keep_only(logits: Tensor, indices: list[int], ranges: Ranges) -> None:
+def _columns(logits: Tensor, indices: Sequence[int], ranges: Ranges) -> Tensor:
+    """Copy the columns of ``ranges`` out of the rows ``indices``; the rest of them is not read."""
+    if list(indices) == list(range(logits.shape[0])):
+        parts = [logits[:, first:stop] for first, stop in ranges]
+    else:
+        rows = torch.tensor(indices, device=logits.device)
+        parts = [logits[:, first:stop].index_select(0, rows) for first, stop in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _keep_only(logits: Tensor, indices: Sequence[int], ranges: Ranges) -> None:
     """Set every id outside ``ranges`` to -inf, in the rows ``indices``, in place."""
-    if not indices:
-        return
     whole = len(indices) == logits.shape[0]
-    rows = slice(None) if whole else torch.tensor(indices, device=logits.device)
+    rows = None if whole else torch.tensor(indices, device=logits.device)
     first = 0
     for start, stop in (*ranges, (logits.shape[1], logits.shape[1])):
         if first < start:
-            logits[rows, first:start] = float("-inf")
+            hole = logits[:, first:start]
+            if rows is None:
+                hole.fill_(float("-inf"))
+            else:
+                hole.index_fill_(0, rows, float("-inf"))
         first = stop
-
-
-def _keep_one(logits: Tensor, indices: list[int], token_ids: Tensor) -> None:
-    """Leave one id in each of the rows ``indices``, in place."""
-    if indices:
-        rows = torch.tensor(indices, device=logits.device)
-        logits[rows] = float("-inf")
-        logits[rows, token_ids] = 0.0

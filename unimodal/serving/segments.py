@@ -3,18 +3,28 @@
 The front end's half of what serving/logits.py describes. An image segment is a request of its own
 whose prompt ends in ``<|image_start|>`` and that can write nothing but the codes of one image.
 Prefix caching makes the seam to the text before it nearly free.
+
+The requests of a pair have to stand in every step of the engine together, and the engine knows
+nothing of pairs. So each is sent in two parts, as one of vLLM's streaming-input sessions. The first
+part is the prompt but for its last id: whenever it is admitted, and in however many chunks it is
+read, the request then waits and keeps its place in the batch and its part of the cache. The last
+ids of both are sent when both wait, early in a step of the engine. They need no admission and two
+positions of the next step's budget, so they go in together.
 """
 
 import asyncio
-import itertools
+import math
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
 from vllm import SamplingParams
+from vllm.engine.protocol import StreamingInput
+from vllm.exceptions import VLLMServerError
 from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
 
@@ -26,12 +36,21 @@ from unimodal.serving.logits import CONDITIONAL, UNCONDITIONAL, Segment
 MAX_IDLE_RESTARTS = 20
 """Restarts of a pair in a row that bring no new code, before the request is given up."""
 
+HOLD_SECONDS = 10.0
+"""How long a request waits in the engine for its partner; then both are withdrawn and sent again.
+It keeps cache blocks that vLLM cannot take away, and what runs beside it may need just these."""
+
 COMPANION_TOKENS = 32
-"""Most tokens that a companion request writes, see :meth:`ImageSegments._stepping_engine`."""
+"""Most tokens that a companion request writes, see :meth:`ImageSegments._early_in_a_step`."""
+
+BURST_SECONDS = 0.0005
+"""Outputs that come closer together than this are of one step."""
+
+LONGEST_STEP_SECONDS = 0.2
+"""A longer pause between outputs is taken for an idle engine."""
 
 
 T = TypeVar("T")
-
 OnIds = Callable[[list[int]], None]
 """Takes all ids that there are so far, each time there are more."""
 
@@ -47,6 +66,108 @@ class DrawSettings:
     seed: int
 
 
+class _OutOfStep(Exception):
+    """The two requests of a pair are not in the same step of the engine."""
+
+
+class _Seats:
+    """Room for pairs in one engine: places in its batch, tokens in its cache.
+
+    All pairs that run fit into the engine together, so none waits for what another one keeps.
+    """
+
+    def __init__(self, pairs: int, tokens: float) -> None:
+        self.pairs = pairs
+        self.tokens = tokens
+        self._turn = asyncio.Lock()
+        self._freed = asyncio.Event()
+
+    @asynccontextmanager
+    async def taken(self, tokens: int) -> AsyncIterator[None]:
+        """Keep the room of one pair while the block runs; first come, first served."""
+        async with self._turn:
+            while self.pairs < 1 or self.tokens < tokens:
+                self._freed.clear()
+                await self._freed.wait()
+            self.pairs -= 1
+            self.tokens -= tokens
+        try:
+            yield
+        finally:
+            self.pairs += 1
+            self.tokens += tokens
+            self._freed.set()
+
+
+class _Steps:
+    """When the engine's steps begin, as far as the outputs of our own requests tell."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        """Requests of ours that get an output in every step."""
+        self._began = self._last = time.monotonic()
+        self._length = 0.0
+        self._next = asyncio.Event()
+
+    def tick(self) -> None:
+        """Take note of an output. The outputs of one step come in one burst."""
+        now = time.monotonic()
+        if now - self._last > BURST_SECONDS:
+            self._length = min(now - self._began, LONGEST_STEP_SECONDS)
+            self._began = now
+            self._next.set()
+            self._next = asyncio.Event()
+        self._last = now
+
+    @property
+    def early(self) -> bool:
+        """Most of the present step is still to come."""
+        return time.monotonic() - self._began < self._length / 3
+
+    async def next(self) -> None:
+        """Wait for the next step to begin, or for so long that there seems to be none."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._next.wait(), LONGEST_STEP_SECONDS)
+
+
+class _Meeting:
+    """Where the two requests of a pair wait for each other inside the engine."""
+
+    def __init__(self) -> None:
+        self.opened = asyncio.Event()
+        """Set once both are there: the rest of their prompts may follow."""
+        self._waiting = self._entered = 0
+        self._first, self._both, self._in = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    def wait(self) -> None:
+        """One of the two has been read and waits in the engine."""
+        self._waiting += 1
+        (self._first if self._waiting == 1 else self._both).set()
+
+    def enter(self) -> None:
+        """The rest of one of the two has been sent."""
+        self._entered += 1
+        if self._entered == 2:
+            self._in.set()
+
+    async def both_wait(self) -> None:
+        """Wait until both wait, but not for ever once the first does.
+
+        Raises:
+            _OutOfStep: the other one did not come.
+        """
+        await self._first.wait()
+        try:
+            await asyncio.wait_for(self._both.wait(), HOLD_SECONDS)
+        except TimeoutError as error:
+            raise _OutOfStep from error
+
+    async def open(self) -> None:
+        """Let both send the rest, and wait until they have."""
+        self.opened.set()
+        await self._in.wait()
+
+
 class ImageSegments:
     """Draws images through an engine.
 
@@ -60,17 +181,21 @@ class ImageSegments:
         self.vocabulary = vocabulary
         config = engine_client.vllm_config
         self.max_model_len: int = config.model_config.max_model_len
+        self.block_size: int = config.cache_config.block_size
+        self.cache_tokens = cache_tokens(config)
+        """Tokens that the cache of one engine holds."""
         self.guidance_problem = guidance_problem(config)
         """Why this server cannot draw with guidance; None where it can."""
         self.pairs = 0
         """Guided drawings begun since the server started."""
         self.restarts = 0
         """Times that a pair fell out of step, since the server started."""
-        self._running = 0
-        """Requests of ours that are in the engine."""
-        self._seats = asyncio.Semaphore(max(1, config.scheduler_config.max_num_seqs // 2))
-        self._ranks = itertools.cycle(range(config.parallel_config.data_parallel_size))
-        self._many_ranks = config.parallel_config.data_parallel_size > 1
+        self._engines = [
+            _Seats(max(1, max_num_seqs(config) // 2), self.cache_tokens)
+            for _ in range(config.parallel_config.data_parallel_size)
+        ]
+        self._steps = _Steps()
+        self._door = asyncio.Lock()
 
     def check(
         self, prompt: Sequence[int], negative: Sequence[int] | None, settings: DrawSettings
@@ -80,7 +205,8 @@ class ImageSegments:
         Raises:
             ConfigurationError: the budget is not one of the image tokenizer, or guidance was asked
                 for and this server cannot give it.
-            MessageError: the image does not fit into the context behind the prompt.
+            MessageError: the image does not fit into the context behind the prompt, or a guided one
+                not into the cache.
         """
         grammar = ImageSpanGrammar(self.vocabulary, max_codes=settings.budget, mode="image")
         if settings.guidance != 1 and self.guidance_problem:
@@ -92,7 +218,18 @@ class ImageSegments:
                 f"more, but this server's context is {self.max_model_len}; shorten the messages or "
                 "start it with a larger --max-model-len"
             )
+        if settings.guidance != 1 and self._pair_tokens(longest, grammar) > self.cache_tokens:
+            raise MessageError(
+                f"the prompt has {longest} ids and a guided image takes two such requests, but the "
+                f"cache of this server holds {self.cache_tokens:.0f} tokens; shorten the messages, "
+                "use guidance_scale 1, or start the server with a larger cache"
+            )
         return grammar
+
+    def _pair_tokens(self, longest: int, grammar: ImageSpanGrammar) -> int:
+        """Cache of a pair with prompts of up to ``longest`` ids, in tokens of whole blocks."""
+        blocks = math.ceil((longest + grammar.max_span_ids) / self.block_size)
+        return 2 * blocks * self.block_size
 
     async def draw(
         self,
@@ -109,12 +246,12 @@ class ImageSegments:
         Cancelling the task that awaits this aborts what runs in the engine.
 
         Args:
-            prompt: the ids that the image follows, without ``<|image_start|>``.
-            negative: the unconditional prompt; used where guidance is not 1.
+            prompt: the ids that the image follows, without ``<|image_start|>``; not empty.
+            negative: the unconditional prompt; used, and not empty, where guidance is not 1.
             settings: how.
             on_codes: called on the event loop with all code ids of the image that are final so far,
                 each time there are more. A pair's are those that both requests agree on. Leave it
-                out where nobody looks: the engine then reports once, at the end.
+                out where nobody looks: an unguided request then reports once, at its end.
             lora_request: vLLM's adapter, if one was asked for.
             priority: vLLM's scheduling priority.
 
@@ -124,7 +261,7 @@ class ImageSegments:
         Raises:
             ConfigurationError, MessageError: as :meth:`check`.
             ServingError: a pair fell out of step again and again (the server is overloaded), or the
-                engine broke the request off.
+                engine failed or broke the request off.
         """
         grammar = self.check(prompt, negative, settings)
         start, end = self.vocabulary.start_token_id, self.vocabulary.end_token_id
@@ -140,12 +277,16 @@ class ImageSegments:
         most = grammar.max_span_ids - 2
         report = on_codes and self._reporter(on_codes)
         if settings.guidance == 1:
-            written = await self._run([*prompt, start], segment, most, options, report)
+            written = await self._draw_alone([*prompt, start], segment, most, options, report)
         else:
-            async with self._seats:
+            rank = max(range(len(self._engines)), key=lambda rank: self._engines[rank].pairs)
+            if len(self._engines) > 1:
+                options["data_parallel_rank"] = rank
+            longest = max(len(prompt), len(negative))
+            async with self._engines[rank].taken(self._pair_tokens(longest, grammar)):
                 self.pairs += 1
                 prompts = ([*prompt, start], [*negative, start])
-                written = await self._run_pair(prompts, segment, most, options, report)
+                written = await self._draw_pair(prompts, segment, most, options, report)
         span = [start, *written, *([] if written[-1:] == [end] else [end])]
         problem = grammar.check_span(span)
         if problem:
@@ -165,42 +306,29 @@ class ImageSegments:
 
         return report
 
-    async def _run(
+    async def _draw_alone(
         self,
         prompt: list[int],
         segment: Segment,
         max_tokens: int,
         options: dict[str, Any],
-        report: OnIds | None = None,
+        report: OnIds | None,
     ) -> list[int]:
         """Run one request to its end and return what it wrote."""
-        params = SamplingParams(
-            temperature=0.0,  # the code is drawn in logits.py, which leaves one id to choose from
-            max_tokens=max_tokens,
-            stop_token_ids=[self.vocabulary.start_token_id, self.vocabulary.end_token_id],
-            ignore_eos=True,
-            detokenize=False,
-            # Every output costs the API process time, so none on the way where nobody looks.
-            output_kind=RequestOutputKind.DELTA if report else RequestOutputKind.FINAL_ONLY,
-            extra_args=segment.to_extra_args(),
-        )
-        request_id = f"image-{uuid.uuid4().hex}"
         written: list[int] = []
-        self._running += 1
-        try:
-            # tokens_input, unlike a plain dictionary, takes no detour over the tokenizer threads:
-            # the two requests of a pair leave here together.
-            async for output in self.engine.generate(
-                tokens_input(prompt), params, request_id, **options
-            ):
-                written.extend(output.outputs[0].token_ids)
-                if report:
-                    report(list(written))
-        finally:
-            self._running -= 1
+
+        def take(ids: Sequence[int]) -> None:
+            written.extend(ids)
+            if report:
+                report(list(written))
+
+        # Every output costs the API process time, so none on the way where nobody looks.
+        kind = RequestOutputKind.DELTA if report else RequestOutputKind.FINAL_ONLY
+        params = self._params(max_tokens, segment, kind)
+        await self._run(tokens_input(prompt), params, options, take)
         return written
 
-    async def _run_pair(
+    async def _draw_pair(
         self,
         prompts: tuple[list[int], list[int]],
         segment: Segment,
@@ -211,24 +339,14 @@ class ImageSegments:
         """Run a pair, resumed behind the last common id as often as it falls out of step."""
         common: list[int] = []
         idle = 0
-        if self._many_ranks:
-            options = dict(options, data_parallel_rank=next(self._ranks))
         while True:
-            rest = replace(segment, done=len(common), pair=uuid.uuid4().hex)
-            reports = self._reports_of_halves(common, report)
-            room = max_tokens - len(common)
-            halves = [
-                ([*prompt, *common], replace(rest, role=role), room, options, report_half)
-                for prompt, role, report_half in zip(
-                    prompts, (CONDITIONAL, UNCONDITIONAL), reports, strict=True
-                )
-            ]
-            if idle or not self._running:
-                async with self._stepping_engine(prompts[0][:1], options):
-                    written = await together(self._run(*half) for half in halves)
-            else:
-                written = await together(self._run(*half) for half in halves)
-            fresh = self._agreed(*written)
+            fresh = await self._run_pair(
+                ([*prompts[0], *common], [*prompts[1], *common]),
+                replace(segment, done=len(common), pair=uuid.uuid4().hex),
+                max_tokens - len(common),
+                options,
+                report and partial(_report_behind, report, list(common)),
+            )
             common += fresh
             if len(common) == max_tokens or common[-1:] == [self.vocabulary.end_token_id]:
                 return common
@@ -241,44 +359,157 @@ class ImageSegments:
                 )
             await asyncio.sleep(0.01 * idle)
 
-    def _reports_of_halves(
-        self, common: Sequence[int], report: OnIds | None
-    ) -> tuple[OnIds | None, OnIds | None]:
-        """Return what takes the ids of either request of a pair and reports those of both."""
-        if report is None:
-            return None, None
-        before = list(common)
-        so_far: list[list[int]] = [[], []]
+    async def _run_pair(
+        self,
+        prompts: tuple[list[int], list[int]],
+        segment: Segment,
+        max_tokens: int,
+        options: dict[str, Any],
+        report: OnIds | None,
+    ) -> list[int]:
+        """Run both requests until they are done or out of step; return the ids of both."""
+        meeting = _Meeting()
+        written: tuple[list[int], list[int]] = ([], [])
 
-        def take(half: int, ids: list[int]) -> None:
-            so_far[half] = ids
-            report([*before, *self._agreed(*so_far)])
+        def grown() -> None:
+            if report:
+                report(self._agreed(*written))
 
-        return partial(take, 0), partial(take, 1)
+        halves = [
+            self._run_half(prompt, half, max_tokens, options, meeting, ids, grown)
+            for prompt, half, ids in zip(
+                prompts,
+                (replace(segment, role=CONDITIONAL), replace(segment, role=UNCONDITIONAL)),
+                written,
+                strict=True,
+            )
+        ]
+        try:
+            with suppress(_OutOfStep):
+                await together([*halves, self._let_in(meeting, prompts[0][:1], options)])
+        finally:
+            self._steps.running -= meeting.opened.is_set()
+        return self._agreed(*written)
+
+    async def _run_half(
+        self,
+        prompt: list[int],
+        segment: Segment,
+        max_tokens: int,
+        options: dict[str, Any],
+        meeting: _Meeting,
+        written: list[int],
+        grown: Callable[[], None],
+    ) -> None:
+        """Run one request of a pair, adding what it writes to ``written``.
+
+        Raises:
+            _OutOfStep: it stood in a step without its partner.
+        """
+        hold = self._params(1)
+        held = False
+
+        async def parts() -> AsyncIterator[StreamingInput]:
+            yield StreamingInput(tokens_input(prompt[:-1]), hold)
+            await meeting.opened.wait()
+            params = self._params(max_tokens, segment)
+            yield StreamingInput(tokens_input(prompt[-1:]), params)
+            meeting.enter()
+
+        def take(ids: Sequence[int]) -> None:
+            nonlocal held
+            if not held:
+                # The id behind the first part says that it has been read. vLLM drops it.
+                held, ids = True, ids[1:]
+                meeting.wait()
+            written.extend(ids)
+            if written[-1:] == [self.vocabulary.start_token_id]:
+                raise _OutOfStep
+            grown()
+
+        await self._run(parts(), hold, options, take)
+
+    async def _let_in(self, meeting: _Meeting, prompt: list[int], options: dict[str, Any]) -> None:
+        """Send the last ids of both requests of a pair so that the next step takes in both."""
+        await meeting.both_wait()
+        async with self._early_in_a_step(prompt, options):
+            self._steps.running += 1
+            await meeting.open()
 
     @asynccontextmanager
-    async def _stepping_engine(
+    async def _early_in_a_step(
         self, prompt: list[int], options: dict[str, Any]
     ) -> AsyncIterator[None]:
-        """Keep the engine busy with a short companion request.
+        """Run the block, one at a time, while most of a step of the engine is still to come.
 
-        An idle engine starts a step as soon as one request is there, so of a pair it would see the
-        first alone, every time. A busy one takes in all that arrived when its step is over.
+        A busy engine takes in what has arrived when its step is over. An idle one would start on
+        the first of two requests alone, so a short companion request keeps it busy meanwhile.
         """
-        params = SamplingParams(
-            temperature=0.0,
-            max_tokens=COMPANION_TOKENS,
+        async with self._door:
+            companion = None
+            if not self._steps.running:
+                params = self._params(COMPANION_TOKENS)
+                run = self._run(tokens_input(prompt), params, options, lambda _ids: None)
+                companion = asyncio.ensure_future(run)
+            try:
+                if companion or not self._steps.early:
+                    await self._steps.next()
+                yield
+            finally:
+                if companion:
+                    companion.cancel()
+                    await asyncio.gather(companion, return_exceptions=True)
+
+    def _params(
+        self,
+        max_tokens: int,
+        segment: Segment | None = None,
+        kind: RequestOutputKind = RequestOutputKind.DELTA,
+    ) -> SamplingParams:
+        stop = [self.vocabulary.start_token_id, self.vocabulary.end_token_id]
+        return SamplingParams(
+            temperature=0.0,  # the code is drawn in logits.py, which leaves one id to choose from
+            max_tokens=max_tokens,
+            stop_token_ids=stop if segment else None,
             ignore_eos=True,
             detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
+            output_kind=kind,
+            extra_args=segment and segment.to_extra_args(),
+            skip_clone=True,  # made for one request and changed by nobody
         )
-        request_id = f"companion-{uuid.uuid4().hex}"
-        companion = self.engine.generate(tokens_input(prompt), params, request_id, **options)
+
+    async def _run(
+        self,
+        prompt: Any,
+        params: SamplingParams,
+        options: dict[str, Any],
+        take: Callable[[Sequence[int]], None],
+    ) -> None:
+        """Run one request to its end and hand over what it writes, piece by piece.
+
+        Raises:
+            ServingError: the engine failed, or somebody aborted the request.
+        """
+        request_id = f"image-{uuid.uuid4().hex}"
         try:
-            await anext(companion)
-            yield
-        finally:
-            await companion.aclose()
+            # tokens_input, unlike a plain dictionary, takes no detour over the tokenizer threads.
+            async with aclosing(
+                self.engine.generate(prompt, params, request_id, **options)
+            ) as outputs:
+                async for output in outputs:
+                    self._steps.tick()
+                    [piece] = output.outputs
+                    if piece.finish_reason in ("abort", "error"):
+                        raise ServingError(
+                            f"the engine broke an image off ({piece.finish_reason}); ask for it "
+                            "again"
+                        )
+                    take(piece.token_ids)
+        except VLLMServerError as error:
+            raise ServingError(
+                f"the engine failed ({type(error).__name__}); try again later, and look into the "
+                "server's log"
+            ) from error
 
     def _agreed(self, first: list[int], second: list[int]) -> list[int]:
         """Return the ids that both requests wrote, up to the first difference or forced stop."""
@@ -290,34 +521,54 @@ class ImageSegments:
         return agreed
 
 
+def _report_behind(report: OnIds, before: list[int], ids: list[int]) -> None:
+    report([*before, *ids])
+
+
 async def together(requests: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Run coroutines side by side; if one fails or this is cancelled, cancel them all."""
+    """Run coroutines side by side; if one fails or this is cancelled, cancel them all.
+
+    Returns or raises when none of them runs any more.
+    """
     tasks = [asyncio.ensure_future(request) for request in requests]
     try:
         return await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def max_num_seqs(config: Any) -> int:
+    """Return how many requests one engine of this configuration runs at once."""
+    scheduler = config.scheduler_config
+    return int(getattr(scheduler, "max_num_active_seqs", None) or scheduler.max_num_seqs)
+
+
+def cache_tokens(config: Any) -> float:
+    """Return how many tokens the cache of one engine holds; infinity where vLLM does not say."""
+    return getattr(config.cache_config, "kv_cache_size_tokens", None) or math.inf
 
 
 def guidance_problem(config: Any) -> str | None:
     """Return why an engine of this configuration cannot guide, or None.
 
-    Both prompts of a pair have to fit into one step once their full blocks are cached; else a pair
-    could go on missing its partner for ever.
+    Both requests of a pair have to fit into one step beside all others; else a pair could go on
+    missing its partner for ever.
     """
-    scheduler, block = config.scheduler_config, config.cache_config.block_size
-    needed = 2 * block + scheduler.max_num_seqs
+    scheduler, rows = config.scheduler_config, max_num_seqs(config)
+    budget = min(
+        scheduler.max_num_batched_tokens,
+        getattr(scheduler, "max_num_scheduled_tokens", None) or math.inf,
+    )
     flags = []
-    if scheduler.max_num_seqs < 2:
-        flags.append(f"--max-num-seqs is {scheduler.max_num_seqs}, expected 2 or more")
-    if scheduler.max_num_batched_tokens < needed:
+    if rows < 2:
+        flags.append(f"--max-num-seqs is {rows}, expected 2 or more")
+    if budget < rows:
         flags.append(
-            f"--max-num-batched-tokens is {scheduler.max_num_batched_tokens}, expected {needed} or "
-            "more (two blocks and one id for every sequence)"
+            f"--max-num-batched-tokens is {budget}, expected {rows} or more (one id for every "
+            "sequence)"
         )
-    if not config.cache_config.enable_prefix_caching:
-        flags.append("prefix caching is off, expected it on: leave out --no-enable-prefix-caching")
     if not flags:
         return None
     return f"guidance needs other server flags: {'; '.join(flags)}. Or use guidance_scale 1"
