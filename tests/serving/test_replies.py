@@ -40,6 +40,8 @@ PROMPTS = [
     for mark in (".", "!")
 ]
 TOKENS = 150
+OWN = {"guidance": 2.0, "temperature": 0.5, "top_k": 30}
+"""How the model draws where a request says nothing."""
 FLAGS = ["--max-num-seqs", "32", "--enable-prompt-tokens-details", "--block-size", "32"]
 
 
@@ -63,6 +65,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         processor.tokenizer.eos_token_id: 2.2,
     }
     scale_rows(merged, factors)
+    config = merged / "processor_config.json"
+    values = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps({**values, "draw_settings": OWN}), encoding="utf-8")
     return merged
 
 
@@ -349,6 +354,30 @@ def test_sampled_replies_are_the_same_for_the_same_seed(
     assert sample(n=1, seed=12) == [first[1]]
     assert sample(seed=40) != first
     assert sum(num_images(model, ids) for ids in first) >= 2
+
+
+def test_the_model_s_own_settings_are_the_defaults(client: Any, model: Unimodal) -> None:
+    told = client.models.list().data[0].unimodal["defaults"]
+    assert (told["guidance_scale"], told["temperature"], told["top_k"]) == (2.0, 0.5, 30)
+    answer = client.images.generate(
+        prompt="a star", n=3, extra_body={"seed": 7, "return_token_ids": True}
+    )
+    ids, negative = (
+        model.processor.render(
+            model.processor.draw_messages(text), add_generation_prompt=True
+        ).input_ids
+        for text in ("a star", "")
+    )
+    settings = SamplingSettings(guidance=2.0, image_temperature=0.5, image_top_k=30, seed=7)
+    expected = generate(
+        model.model,
+        model.processor,
+        [ids] * 3,
+        settings,
+        mode="image",
+        negative_prompts=[negative] * 3,
+    )
+    assert [image.token_ids for image in answer.data] == expected
 
 
 def test_a_stop_string_ends_the_reply_behind_an_image(client: Any) -> None:

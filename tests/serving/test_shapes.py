@@ -197,7 +197,8 @@ def test_the_list_of_models_tells_the_image_abilities(client: Any, model: Unimod
     assert told["nested"] is True
     assert told["guidance"] is True and told["guidance_problem"] is None
     assert told["output_modalities"] == ["text", "image"]
-    assert told["defaults"]["guidance_scale"] == 3.0
+    defaults = {name: told["defaults"][name] for name in ("temperature", "top_k", "guidance_scale")}
+    assert defaults == {"temperature": 1.0, "top_k": 0, "guidance_scale": 3.0}
     # What is told can be sent.
     client.chat.completions.create(
         model=card.id,

@@ -12,7 +12,6 @@ from typing import Any
 
 from PIL import Image
 
-from unimodal.pipeline import GUIDANCE
 from unimodal.serving.openai_shapes import ImageOptions
 from unimodal.serving.prompts import Prompts
 from unimodal.serving.segments import DrawSettings, ImageSegments
@@ -51,9 +50,11 @@ class Drawing:
 
     def settings(self, options: ImageOptions, seed: int) -> DrawSettings:
         """Return how one image is drawn."""
+        own = self.processor.draw_settings
+        top_k = own["top_k"] if options.top_k is None else options.top_k
         return DrawSettings(
-            temperature=options.temperature,
-            top_k=options.top_k,
+            temperature=own["temperature"] if options.temperature is None else options.temperature,
+            top_k=top_k or 0,
             guidance=self.guidance(options),
             budget=options.budget,
             seed=seed,
@@ -63,7 +64,7 @@ class Drawing:
         """Return the guidance that was asked for, or what this server takes without a word."""
         if options.guidance_scale is not None:
             return options.guidance_scale
-        return 1.0 if self.segments.guidance_problem else GUIDANCE
+        return 1.0 if self.segments.guidance_problem else self.processor.draw_settings["guidance"]
 
     async def negative(self, options: ImageOptions) -> list[int]:
         """The unconditional prompt; not needed, and empty, where guidance is off."""
