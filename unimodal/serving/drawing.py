@@ -45,31 +45,30 @@ class Drawing:
         self.prompts = prompts
         self.processor = prompts.processor
         self.vocabulary = segments.vocabulary
-        own = self.processor.draw_settings
-        self.own_settings: dict[str, Any] = {
-            "temperature": own["temperature"],
-            "top_k": own["top_k"] or 0,
-            "guidance_scale": 1.0 if segments.guidance_problem else own["guidance"],
-        }
-        """What counts where a request says nothing."""
         self._negatives: dict[str, list[int]] = {}
         """Unconditional prompts by text; nearly every request has the same."""
 
     def settings(self, options: ImageOptions, seed: int) -> DrawSettings:
         """Return how one image is drawn."""
-        given = {name: getattr(options, name) for name in self.own_settings}
-        used = {n: own if given[n] is None else given[n] for n, own in self.own_settings.items()}
+        own = self.processor.draw_settings
+        top_k = own["top_k"] if options.top_k is None else options.top_k
         return DrawSettings(
-            temperature=used["temperature"],
-            top_k=used["top_k"],
-            guidance=used["guidance_scale"],
+            temperature=own["temperature"] if options.temperature is None else options.temperature,
+            top_k=top_k or 0,
+            guidance=self.guidance(options),
             budget=options.budget,
             seed=seed,
         )
 
+    def guidance(self, options: ImageOptions) -> float:
+        """Return the guidance that was asked for, or what this server takes without a word."""
+        if options.guidance_scale is not None:
+            return options.guidance_scale
+        return 1.0 if self.segments.guidance_problem else self.processor.draw_settings["guidance"]
+
     async def negative(self, options: ImageOptions) -> list[int]:
         """The unconditional prompt; not needed, and empty, where guidance is off."""
-        if self.settings(options, 0).guidance == 1:
+        if self.guidance(options) == 1:
             return []
         text = options.negative_prompt
         if text not in self._negatives:

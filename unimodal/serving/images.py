@@ -112,10 +112,10 @@ class ImagesReply:
                 file = await asyncio.to_thread(file_of, step.image, self.request)
                 file |= {"index": index, "created_at": int(time.time())}
                 if isinstance(step, Preview):
-                    kind = f"{self.kind}.partial_image"
-                    yield ImageEvent(type=kind, partial_image_index=num_previews, **file)
+                    file |= {"type": f"{self.kind}.partial_image"}
+                    yield ImageEvent(partial_image_index=num_previews, **file)
                     num_previews += 1
                     continue
                 ids = step.span if self.request.return_token_ids else None
-                kind = f"{self.kind}.completed"
-                yield ImageEvent(type=kind, usage=self._usage([step]), token_ids=ids, **file)
+                file |= {"type": f"{self.kind}.completed"}
+                yield ImageEvent(usage=self._usage([step]), token_ids=ids, **file)

@@ -38,13 +38,13 @@ class ImageOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     temperature: float | None = Field(default=None, ge=0, le=100)
-    """0 takes the likeliest code."""
+    """0 takes the likeliest code. None, here and in the next two: the model's own
+    (``draw_settings``), as ``Unimodal.draw``."""
     top_k: int | None = Field(default=None, ge=0)
     """Draw from this many of the likeliest codes; 0 for all."""
     guidance_scale: float | None = Field(default=None, ge=0, le=100)
-    """1 is off; 2 to 5 follows the prompt more closely and takes two requests of the engine. It is
-    1 by default on a server whose flags leave no room for pairs. Otherwise, where one of these
-    three is None, the model's own setting counts (``draw_settings`` of its folder)."""
+    """1 is off; 2 to 5 follows the prompt more closely and takes two requests of the engine. None
+    is 1 on a server whose flags leave no room for pairs."""
     negative_prompt: str = ""
     """What the unconditional prompt describes; used with guidance."""
     budget: int | None = Field(default=None, ge=1)
@@ -357,10 +357,10 @@ class Abilities(BaseModel):
 def abilities(
     vocabulary: VocabularyExtension,
     image_size: int,
-    own_settings: dict[str, Any],
+    defaults: dict[str, Any],
     guidance_problem: str | None,
 ) -> Abilities:
-    """Say what a model does with images; ``own_settings`` are the defaults that are its own."""
+    """Say what a model does with images; ``defaults`` are its own settings."""
     return Abilities(
         size=f"{image_size}x{image_size}",
         codes=Codes(
@@ -372,7 +372,7 @@ def abilities(
         nested=vocabulary.nested,
         guidance=guidance_problem is None,
         guidance_problem=guidance_problem,
-        defaults={**ChatImageOptions().model_dump(), **own_settings},
+        defaults={**ChatImageOptions().model_dump(), **defaults},
     )
 
 

@@ -181,11 +181,17 @@ class UnimodalEndpoints:
         """``GET /v1/models``."""
         listed = await self.state.openai_serving_models.show_available_models()
         answer = listed.model_dump()
+        own = self.drawing.settings(ChatImageOptions(), 0)
+        defaults = {
+            "temperature": own.temperature,
+            "top_k": own.top_k,
+            "guidance_scale": own.guidance,
+        }
         for card in answer["data"]:
             card["unimodal"] = abilities(
                 self.drawing.vocabulary,
                 self.image_size,
-                self.drawing.own_settings,
+                defaults,
                 self.drawing.segments.guidance_problem,
             ).model_dump()
         return JSONResponse(answer)
