@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from eval.scores import (
     score_captions,
     share,
 )
-from eval.shapes.captions import list_objects
+from eval.shapes.captions import list_objects, questions
 from eval.shapes.parser import parse_picture
 from eval.shapes.prompts import Prompt, prompts
 from eval.shapes.render import render
@@ -49,6 +49,7 @@ SCHEMA_VERSION = 1
 SAMPLES = "samples.json"
 _CHUNK = 64
 _ANSWER_TOKENS = 16
+_DIALOGUE_QUESTIONS = 2
 _SHOWN = 8
 """Samples of each kind that the report shows; failures, as many again."""
 
@@ -61,17 +62,19 @@ class EvaluationSettings:
     """Drawings of each category; as many again with held-out pairs."""
     pictures: int = 200
     """Held-out pictures that are reconstructed and captioned."""
+    dialogues: int = 100
+    """Conversations of a drawing and two questions about it."""
     texts: int = 400
     """Text sequences for perplexity and KL."""
     seed: int = 0
     """Of the prompts and the drawings."""
-    guidance: float = 3.0
-    temperature: float = 1.0
+    guidance: float | None = None
+    temperature: float | None = None
     top_k: int | None = None
-    """Of the image codes. Captions and answers are greedy."""
+    """Of the image codes; where None, the model's own. Captions and answers are greedy."""
 
     def __post_init__(self) -> None:
-        for name in ("n", "pictures", "texts"):
+        for name in ("n", "pictures", "dialogues", "texts"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; expected at least 1")
 
@@ -154,6 +157,7 @@ def evaluate(
         raise DataError("no held-out picture came; expected at least one")
     if not isinstance(model, Unimodal):
         model = Unimodal.from_pretrained(model, device=device)
+    settings = _resolved(settings, model.processor.draw_settings)
     run = _Run(model, settings, progress)
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -164,6 +168,7 @@ def evaluate(
         "reconstruction": _reconstruction(run, pictures),
         **_captions(run, pictures, level),
         **_drawings(run, pictures, level),
+        **_dialogues(run, level),
     }
     if text_files:
         report["text"] = _text(run, base_llm, text_files)
@@ -174,6 +179,12 @@ def evaluate(
     with atomic_write(out.parent / SAMPLES) as temporary:
         temporary.write_text(json.dumps(run.samples) + "\n", encoding="utf-8")
     return update_report(out, report)
+
+
+def _resolved(settings: EvaluationSettings, own: dict[str, Any]) -> EvaluationSettings:
+    """Put the model's own sampling settings where none are given, so that the report has them."""
+    missing = {name: value for name, value in own.items() if getattr(settings, name) is None}
+    return replace(settings, **missing)
 
 
 def load_validation(world: str | Path, limit: int | None = None) -> list[Captioned]:
@@ -342,6 +353,77 @@ def _drawings(run: _Run, pictures: Sequence[Captioned], level: Level | None) -> 
             for category in CATEGORIES
         }
     return sections
+
+
+def _dialogues(run: _Run, level: Level | None) -> dict[str, Any]:
+    """Draw, then ask about what was drawn, in one conversation.
+
+    ``drawing``: share of first replies that fulfil their prompt. ``answers``: share of right
+    answers, judged by what the parser sees in the model's own drawing; n counts answers, and
+    drawings that nobody can read are not asked about.
+    """
+    if level is None:
+        return {}
+    settings = run.settings
+    plan = prompts("caption", settings.dialogues, settings.seed + 1, level=level)
+    talks = [list(run.model.processor.draw_messages(prompt.text)) for prompt in plan]
+    with run.stage("dialogues", len(plan)) as advance:
+        drawn = _draw_in_dialogues(run, talks)
+        rng = random.Random(f"{settings.seed}-dialogues")
+        asked = [_questions_about(picture, rng) for picture in drawn]
+        rows = []
+        for turn in range(_DIALOGUE_QUESTIONS):
+            going = [i for i, pairs in enumerate(asked) if turn < len(pairs)]
+            for i in going:
+                talks[i].append({"role": "user", "content": asked[i][turn][0]})
+            for i, text in zip(
+                going, _answer_in_dialogues(run, [talks[i] for i in going]), strict=True
+            ):
+                question, answer = asked[i][turn]
+                row = {"picture": drawn[i], "reference": answer, "answer": text}
+                rows.append({**row, "caption": f"{plan[i].text} – {question} – {text}"})
+        advance(len(plan))
+    answers = score_answers([r["answer"] for r in rows], [r["reference"] for r in rows])
+    for row in rows:
+        row["fulfilled"] = score_answers([row.pop("answer")], [row["reference"]])["score"] == 1
+    run.samples["dialogues"] = _some(rows)
+    return {"dialogue": {"drawing": share(judge_drawings(drawn, plan)), "answers": answers}}
+
+
+def _draw_in_dialogues(run: _Run, talks: list[list[Any]]) -> list[Image.Image]:
+    """Let the model draw its turn of every conversation; the turns are appended."""
+    settings, model = run.settings, run.model
+    drawn: list[Image.Image] = []
+    for chunk in _chunks(talks):
+        replies = model.chat(
+            chunk,
+            images="force",
+            seed=settings.seed + len(drawn),
+            guidance=settings.guidance,
+            image_temperature=settings.temperature,
+            image_top_k=settings.top_k,
+            max_new_tokens=model.processor.vocabulary.max_span_codes + _ANSWER_TOKENS,
+        )
+        for talk, reply in zip(chunk, replies, strict=True):
+            talk.append(reply.message)
+            drawn.append(reply.images[0])
+    return drawn
+
+
+def _answer_in_dialogues(run: _Run, talks: list[list[Any]]) -> list[str]:
+    """Let the model answer in every conversation; the turns are appended."""
+    texts = []
+    for chunk in _chunks(talks):
+        replies = run.model.chat(chunk, images="never", max_new_tokens=_ANSWER_TOKENS)
+        for talk, reply in zip(chunk, replies, strict=True):
+            talk.append(reply.message)
+            texts.append(reply.text)
+    return texts
+
+
+def _questions_about(picture: Image.Image, rng: random.Random) -> list[tuple[str, str]]:
+    scene = parse_picture(picture)
+    return questions(scene, rng, _DIALOGUE_QUESTIONS) if scene and scene.objects else []
 
 
 def _note(ids: list[list[int]], first: int, row: int, token_id: int) -> None:

@@ -107,6 +107,10 @@ def _tables(report: Mapping[str, Any]) -> list[Table]:
         ]
         if "answers" in report:
             rows.append(["questions answered", percent(report["answers"]), "–"])
+        if "dialogue" in report:
+            talks = report["dialogue"]
+            rows.append(["in dialogues: drawn as asked", percent(talks["drawing"]), "–"])
+            rows.append(["in dialogues: answers", percent(talks["answers"]), "–"])
         tables.append(("Captions", ["", "trained pairs", "held-out pairs"], rows))
     if found := report.get("reconstruction"):
         rows = [["PSNR", number(found.get("psnr"), 2, " dB")]]
@@ -199,6 +203,7 @@ def _html(
         ("captions", "Captions"),
         ("captions_held_out", "Captions of held-out pairs"),
         ("answers", "Answers"),
+        ("dialogues", "Dialogues"),
     ):
         if rows := samples.get(key):
             sections.append((name, _cards(rows, _caption_card)))
@@ -283,7 +288,11 @@ def _failures(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     kinds = (
         ("Reconstructions", ("reconstructions",), _reconstruction_card),
         ("Drawings", ("drawings", "drawings_held_out"), _drawing_card),
-        ("Captions and answers", ("captions", "captions_held_out", "answers"), _caption_card),
+        (
+            "Captions and answers",
+            ("captions", "captions_held_out", "answers", "dialogues"),
+            _caption_card,
+        ),
     )
     parts = []
     for name, keys, card in kinds:

@@ -327,3 +327,15 @@ def toy_merged_folder(
         vocab_mode=vocab_mode,
         **merge_settings,
     )
+
+
+def scale_rows(folder: str | Path, factors: dict[int, float]) -> None:
+    """Multiply rows of a merged folder's tied embedding: likelier where they are likely at all."""
+    from safetensors.torch import load_file, save_file
+
+    file = Path(folder, "model.safetensors")
+    tensors = load_file(file)
+    [name] = [key for key in tensors if key.endswith("embed_tokens.weight")]
+    for token_id, factor in factors.items():
+        tensors[name][token_id] *= factor
+    save_file(tensors, file, metadata={"format": "pt"})

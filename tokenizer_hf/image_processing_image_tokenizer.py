@@ -205,7 +205,13 @@ class ImageTokenizerImageProcessor(BaseImageProcessor):
         if self.resize_mode == "squash":
             return picture.resize(size, filter_)
         if self.resize_mode == "pad":
-            return ImageOps.pad(picture, size, filter_, color=tuple(self.pad_colour))
+            # ImageOps.pad would give a very long picture a side of 0 pixels, which resize refuses.
+            shrink = self.size / max(picture.size)
+            inner = tuple(max(1, round(side * shrink)) for side in picture.size)
+            padded = Image.new("RGB", size, tuple(self.pad_colour))
+            corner = tuple(round((self.size - side) * 0.5) for side in inner)
+            padded.paste(picture.resize(inner, filter_), corner)
+            return padded
         return ImageOps.fit(picture, size, filter_)
 
     def postprocess(self, pixel_values: Tensor) -> list[Image.Image]:

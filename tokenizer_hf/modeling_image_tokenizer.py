@@ -20,18 +20,21 @@ from transformers.utils.generic import ModelOutput
 
 from tokenizer_hf.configuration_image_tokenizer import ImageTokenizerConfig
 from tokenizer_hf.decoders.conv import ConvDecoder, PatchDecoder
+from tokenizer_hf.decoders.palette import PaletteDecoder
 from tokenizer_hf.decoders.vit import VitDecoder
 from tokenizer_hf.encoders.blocks import ZeroConv2d, ZeroLinear, cut_into_patches
 from tokenizer_hf.encoders.conv import ConvEncoder, PatchEncoder
+from tokenizer_hf.encoders.palette import PaletteEncoder
 from tokenizer_hf.encoders.vit import VitEncoder
 from tokenizer_hf.errors import CheckpointError, CodeError, ConfigurationError, UnimodalError
 from tokenizer_hf.image_processing_image_tokenizer import ImageTokenizerImageProcessor
 from tokenizer_hf.quantizers.fsq import FiniteScalarQuantizer
+from tokenizer_hf.quantizers.product import ProductQuantizer
 from tokenizer_hf.quantizers.vq import VectorQuantizer
 from tokenizer_hf.vocabulary import VocabularyExtension
 
 _TRAINING_ONLY_FIELDS = ("codebook_update", "ema_decay", "commitment_cost", "revive_after")
-_TRAINING_ONLY_TENSORS = ("quantizer.cluster_size", "quantizer.steps_unused")
+_TRAINING_ONLY_TENSORS = ("cluster_size", "steps_unused")
 
 
 @dataclass
@@ -67,10 +70,13 @@ class ImageTokenizer(PreTrainedModel):
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__(config)
         self.encoder = _make_encoder(config)
-        self.pre_quant = nn.Linear(self.encoder.output_dim, config.codebook_dim)
         self.quantizer = _make_quantizer(config)
         self.decoder = _make_decoder(config)
-        self.post_quant = nn.Linear(config.codebook_dim, self.decoder.input_dim)
+        self.pre_quant: nn.Module = nn.Identity()
+        self.post_quant: nn.Module = nn.Identity()
+        if config.encoder_type != "palette":
+            self.pre_quant = nn.Linear(self.encoder.output_dim, config.codebook_dim)
+            self.post_quant = nn.Linear(config.codebook_dim, self.decoder.input_dim)
         self.image_processor = ImageTokenizerImageProcessor(size=config.image_size)
         self.post_init()
 
@@ -226,10 +232,12 @@ class ImageTokenizer(PreTrainedModel):
         models carry it.
         """
         fields = ImageTokenizerConfig.__annotations__.keys() - set(_TRAINING_ONLY_FIELDS)
+        if self.config.quantizer_type != "product":
+            fields -= {"product_sizes"}
         meaning = {name: getattr(self.config, name) for name in sorted(fields)}
         digest = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
-            if name not in _TRAINING_ONLY_TENSORS:
+            if name.rpartition(".")[2] not in _TRAINING_ONLY_TENSORS:
                 rounded = tensor.detach().cpu().to(torch.bfloat16).contiguous()
                 digest.update(f"{name} {tuple(tensor.shape)}".encode())
                 digest.update(rounded.view(torch.int16).numpy().tobytes())
@@ -242,10 +250,10 @@ class ImageTokenizer(PreTrainedModel):
                 f"pixel_values of shape {tuple(pixel_values.shape)} came; expected "
                 f"(batch, {channels}, {side}, {side}); use the tokenizer's image processor"
             )
-        return self.pre_quant(self.encoder(pixel_values.to(self.pre_quant.weight.dtype)))
+        return self.pre_quant(self.encoder(_as_weights(pixel_values, self.pre_quant)))
 
     def _pixels(self, vectors: Tensor) -> Tensor:
-        return self.decoder(self.post_quant(vectors.to(self.post_quant.weight.dtype)))
+        return self.decoder(self.post_quant(_as_weights(vectors, self.post_quant)))
 
     def _length(self, num_tokens: int | None) -> int:
         longest, shortest = self.config.num_tokens, self.config.min_tokens
@@ -346,7 +354,14 @@ class ImageTokenizer(PreTrainedModel):
         return (model, info) if wants_info else model
 
 
+def _as_weights(values: Tensor, layer: nn.Module) -> Tensor:
+    """Values in the dtype of a layer's weights; as they are where it has none."""
+    return values.to(next(layer.parameters(), values).dtype)
+
+
 def _make_encoder(config: ImageTokenizerConfig) -> Any:
+    if config.encoder_type == "palette":
+        return PaletteEncoder(config.num_channels, config.patch_size)
     if config.encoder_type == "vit":
         return VitEncoder(
             num_channels=config.num_channels,
@@ -363,6 +378,9 @@ def _make_encoder(config: ImageTokenizerConfig) -> Any:
 
 
 def _make_decoder(config: ImageTokenizerConfig) -> Any:
+    if config.decoder_type == "palette":
+        assert config.grid is not None
+        return PaletteDecoder(config.num_channels, config.patch_size, config.grid)
     if config.decoder_type == "vit":
         side = config.image_size // config.patch_size
         return VitDecoder(
@@ -385,15 +403,11 @@ def _make_decoder(config: ImageTokenizerConfig) -> Any:
 def _make_quantizer(config: ImageTokenizerConfig) -> Any:
     if config.quantizer_type == "fsq":
         return FiniteScalarQuantizer(list(config.fsq_levels))
-    return VectorQuantizer(
-        codebook_size=config.codebook_size,
-        codebook_dim=config.codebook_dim,
-        distance=config.distance,
-        codebook_update=config.codebook_update,
-        ema_decay=config.ema_decay,
-        commitment_cost=config.commitment_cost,
-        revive_after=config.revive_after,
-    )
+    names = ("distance", "codebook_update", "ema_decay", "commitment_cost", "revive_after")
+    settings = {name: getattr(config, name) for name in names}
+    if config.quantizer_type == "product":
+        return ProductQuantizer(list(config.product_sizes), config.product_dims, **settings)
+    return VectorQuantizer(config.codebook_size, config.codebook_dim, **settings)
 
 
 def _widths(config: ImageTokenizerConfig) -> list[int]:

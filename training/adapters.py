@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from tokenizer_hf.errors import CheckpointError, ConfigurationError, MismatchError
 from tokenizer_hf.files import atomic_folder
 from tokenizer_hf.vocabulary import ImageVocabulary
+from training.factored_rows import FACTOR_ROWS
 from training.recipes import LoraRecipe
 from training.runs import RUN_FILE, digest
 from unimodal.merge import find_folder
@@ -64,7 +65,7 @@ def add_adapter(model: Any, vocabulary: ImageVocabulary, recipe: LoraRecipe) -> 
 
 def is_adapter_row(name: str) -> bool:
     """Tell by its name whether an adapter's parameter holds image rows."""
-    return "trainable_tokens_delta" in name
+    return "trainable_tokens_delta" in name or name.endswith(FACTOR_ROWS)
 
 
 def fold_lora(model: PeftModel) -> int:

@@ -24,9 +24,11 @@ import yaml
 
 from tokenizer_hf.errors import ConfigurationError
 from tokenizer_hf.files import atomic_write
+from unimodal.shipped import resolve
 
 RECIPES = Path(__file__).parent / "recipes"
 STATE = "demo.json"
+PROMPTS_PER_CATEGORY = 24
 SMALL_KV_CACHE = ("--num-gpu-blocks-override", "64")
 """For the comparison: 64 blocks hold its few short requests; vLLM would take 1 GiB."""
 
@@ -41,13 +43,20 @@ class DemoRecipe:
     """{"train": ..., "validation": ...}: imagefolders, Parquet, hub ids."""
     text: dict[str, list[str]] = field(default_factory=dict)
     """{"train": [...], "validation": [...]}: JSONL files of the text model and the text replay."""
+    tokenizer: str | None = None
+    """Folder or hub id of an image tokenizer, or "shipped:image_tokenizer"; None: train one
+    (image_tokenizer)."""
     image_tokenizer: dict[str, Any] = field(default_factory=dict)
     text_tokenizer: dict[str, Any] = field(default_factory=dict)
     text_model: dict[str, Any] = field(default_factory=dict)
     llm: str | None = None
-    """Folder or hub id of a text LLM; None: train a small one (text_tokenizer, text_model)."""
+    """Folder or hub id of a text LLM, or "shipped:text_model"; None: train a small one
+    (text_tokenizer, text_model)."""
     merge: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
+    choose_sampling: dict[str, Any] | None = None
+    """Choose guidance and temperature on validation prompts (`grid`, `n`); shapes only. None: leave
+    the model's defaults."""
     evaluate: dict[str, Any] = field(default_factory=dict)
     draw: list[str] = field(default_factory=list)
     """Prompts that are drawn at the end, into ``drawings/``."""
@@ -168,8 +177,13 @@ class _Walk:
         return [self.path(f"world/chat/{split}.jsonl")]
 
     @property
+    def tokenizer(self) -> str:
+        given = self.recipe.tokenizer
+        return resolve(given) if given else self.path("image_tokenizer")
+
+    @property
     def llm(self) -> str:
-        return self.recipe.llm or self.path("text_model")
+        return resolve(self.recipe.llm) if self.recipe.llm else self.path("text_model")
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -184,8 +198,11 @@ class _Walk:
             n, level = r.shapes["n"], r.shapes.get("level", "board")
             command = f"unimodal shapes {p('world')} --n {n} --level {level} --seed {self.seed}"
             stages.append(Stage("shapes", command, self.shapes))
-        stages.append(self.config_stage("image_tokenizer", "train-tokenizer", self.image_tokenizer))
-        command = f"unimodal export-vocabulary {p('image_tokenizer')}"
+        if r.tokenizer is None:
+            stages.append(
+                self.config_stage("image_tokenizer", "train-tokenizer", self.image_tokenizer)
+            )
+        command = f"unimodal export-vocabulary {self.tokenizer} --out {p('vocabulary')}"
         stages.append(Stage("export_vocabulary", command, self.export_vocabulary))
         if r.llm is None:
             size = r.text_tokenizer.get("vocab_size", 1024)
@@ -196,7 +213,7 @@ class _Walk:
             stages.append(Stage("text_tokenizer", command, self.text_tokenizer))
             stages.append(self.config_stage("text_model", "train-text-model", self.text_model))
         command = (
-            f"unimodal encode {self.pictures['train']} --image-tokenizer {p('image_tokenizer')} "
+            f"unimodal encode {self.pictures['train']} --image-tokenizer {self.tokenizer} "
             f"--out {p('codes')}"
         )
         stages.append(Stage("encode", command, self.encode))
@@ -204,7 +221,7 @@ class _Walk:
             f"--{k.replace('_', '-')} '{v}'" for k, v in self.merge_options().items()
         )
         command = (
-            f"unimodal merge --llm {self.llm} --image-tokenizer {p('image_tokenizer')} "
+            f"unimodal merge --llm {self.llm} --image-tokenizer {self.tokenizer} "
             f"--out {p('merged')} {options}"
         )
         stages.append(Stage("merge", command, self.merge))
@@ -215,6 +232,11 @@ class _Walk:
 
     def measuring_stages(self) -> list[Stage]:
         p = self.path
+        stages: list[Stage] = []
+        if self.recipe.choose_sampling is not None:
+            n = self.recipe.choose_sampling.get("n", PROMPTS_PER_CATEGORY)
+            command = f"unimodal choose-sampling {p('model')} --n {n} --seed {self.seed}"
+            stages.append(Stage("choose_sampling", command, self.choose_sampling))
         held_out = p("world")
         if self.recipe.shapes is None:
             texts = " ".join(f"--text {file}" for file in self.text("validation"))
@@ -224,7 +246,7 @@ class _Walk:
             f"--world {held_out} --out {p('report.json')} "
             + _flags({"seed": self.seed, **self.recipe.evaluate})
         )
-        stages = [Stage("evaluate", command, self.evaluate)]
+        stages.append(Stage("evaluate", command, self.evaluate))
         if self.recipe.serve_check is not None:
             command = f"unimodal serve-check --model {p('model')} --out {p('vllm.json')}"
             stages.append(Stage("vllm", command, self.vllm))
@@ -263,7 +285,7 @@ class _Walk:
     def export_vocabulary(self) -> None:
         from unimodal.merge import export_vocabulary
 
-        for line in export_vocabulary(self.path("image_tokenizer"), None, None, "added"):
+        for line in export_vocabulary(self.tokenizer, self.path("vocabulary"), None, "added"):
             print(f"  {line}")
 
     def text_tokenizer(self) -> None:
@@ -289,7 +311,7 @@ class _Walk:
     def encode(self) -> None:
         from training.data.code_cache import build_cache
 
-        build_cache(self.pictures["train"], self.path("image_tokenizer"), self.path("codes"))
+        build_cache(self.pictures["train"], self.tokenizer, self.path("codes"))
 
     def merge_options(self) -> dict[str, Any]:
         options = {"seed": self.seed, **self.recipe.merge}
@@ -300,7 +322,7 @@ class _Walk:
     def merge(self) -> None:
         from unimodal.merge import merge
 
-        merge(self.llm, self.path("image_tokenizer"), self.path("merged"), **self.merge_options())
+        merge(self.llm, self.tokenizer, self.path("merged"), **self.merge_options())
 
     def lora(self) -> None:
         from training.language_model import train
@@ -325,6 +347,15 @@ class _Walk:
 
         merged = merge_adapter(self.path("lora"), self.path("model"))
         print(f"  largest logit difference to the adapter: {merged.max_logit_difference:.1e}")
+
+    def choose_sampling(self) -> None:
+        from eval.choose_sampling import SamplingGrid, choose_sampling
+
+        wanted = dict(self.recipe.choose_sampling or {})
+        grid = SamplingGrid(**wanted.pop("grid", {}))
+        level = (self.recipe.shapes or {}).get("level", "board")
+        best, *_ = choose_sampling(self.path("model"), level, grid=grid, seed=self.seed, **wanted)
+        print(f"  guidance {best['guidance']}, temperature {best['temperature']}")
 
     # --- what is measured -------------------------------------------------------------------------
 

@@ -319,7 +319,9 @@ class _Run:
         weights = recipe.loss_weights
         terms = [weights.get(name, 1.0) * loss for name, loss in out.losses.items()]
         self.optimizer.zero_grad(set_to_none=True)
-        torch.stack(terms).sum().backward()
+        loss = torch.stack(terms).sum()
+        if loss.requires_grad:  # palette bodies with running means learn without a gradient
+            loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
         self.optimizer.step()
         self._average()
@@ -346,7 +348,8 @@ class _Run:
             else:
                 ours.append(mean)
                 theirs.append(value)
-        torch._foreach_lerp_(ours, theirs, 1 - decay)
+        if ours:
+            torch._foreach_lerp_(ours, theirs, 1 - decay)
         for kept, current in zip(self.averaged.buffers(), self.model.buffers(), strict=True):
             kept.copy_(current)
 
@@ -456,7 +459,8 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
         {"params": decays, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return [group for group in groups if group["params"]]
+    learnt = [group for group in groups if group["params"]]
+    return learnt or [{"params": list(model.parameters())}]  # an optimizer wants at least one
 
 
 def _perplexity(counts: np.ndarray) -> float:

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, set_seed
 
+from tokenizer_hf.configuration_image_tokenizer import ImageTokenizerConfig
 from tokenizer_hf.errors import CheckpointError
 from training.adapters import add_adapter, copy_companions, fold_lora, is_adapter_row
 from training.data.collate import Steps
 from training.data.examples import Examples
 from training.data.mixing import Mix
+from training.factored_rows import share_rows
 from training.recipes import LanguageModelRecipe
 from training.runs import close_run, digest, open_run, publishing, run_to_the_end
 from training.trainer import UnimodalTrainer, training_arguments
@@ -60,6 +62,9 @@ def train(recipe: LanguageModelRecipe, *, resume: bool = True) -> Path:
         is_row = table_names(model)
     else:
         model = add_adapter(model, processor.vocabulary, recipe.lora)
+        if recipe.lora.rows == "factored":
+            config = ImageTokenizerConfig.from_pretrained(folder / "image_tokenizer")
+            share_rows(model, config.code_factors(), examples.codes_seen())
         is_row = is_adapter_row
         if recipe.lora.fold:
             logger.info("folded %d LoRA layers", fold_lora(model))

@@ -21,7 +21,7 @@ from tokenizer_hf.files import atomic_write
 
 R = TypeVar("R")
 
-DIRECTIONS = ("draw", "caption", "question", "text", "chat")
+DIRECTIONS = ("draw", "caption", "question", "dialogue", "text", "chat")
 
 
 @dataclass(kw_only=True)
@@ -37,6 +37,7 @@ class DataRecipe:
             "draw": 5.0,
             "caption": 3.0,
             "question": 1.0,
+            "dialogue": 1.0,
             "text": 2.0,
             "chat": 1.0,
         }
@@ -68,6 +69,10 @@ class LoraRecipe:
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
     """Linear layers that get a LoRA; "all-linear" leaves the head out, as PEFT does."""
+    rows: Literal["free", "factored"] = "free"
+    """"factored": codes that share a factor (an FSQ level, a part of a product code) share a
+    trained row for it, so that combinations compose; see `training.factored_rows`. "free": every
+    code has a row of its own and nothing else."""
     fold: bool | None = None
     """Compute W + B·A once a step instead of a second path through every layer: the same function
     and the same saved adapter, faster where a batch has many more tokens than the layers are wide,

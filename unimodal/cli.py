@@ -769,9 +769,15 @@ def evaluate(
         typer.Option(help="JSONL of held-out text (default: the world's); may come several times."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the prompts and the drawings.")] = 0,
-    guidance: Annotated[float, typer.Option(help="Of the drawings; 1 is off.")] = 3.0,
-    temperature: Annotated[float, typer.Option(help="Of the image codes; 0 is greedy.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Keep the likeliest codes only.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Of the drawings; 1 is off. Default: the model's own.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the image codes; 0 is greedy. Default: the model's.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Keep the likeliest codes only. Default: the model's own.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
 ) -> None:
     """Measure a model: reconstruction, drawing by category, captions, answers, text, spans.
@@ -811,6 +817,40 @@ def evaluate(
     for name, score in report.get("draw", {}).items():
         typer.echo(f"draw {name:<9} {100 * (score['score'] or 0):5.1f} %  n = {score['n']}")
     typer.echo(f"written: {out}")
+
+
+@app.command("choose-sampling")
+def choose_sampling_command(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A merged and trained model.")],
+    level: Annotated[str, typer.Option(help="Of the embedded world: `board` or `free`.")] = "board",
+    guidance: Annotated[
+        list[float] | None, typer.Option(help="To try; may come several times. [1 1.5 2 3]")
+    ] = None,
+    temperature: Annotated[
+        list[float] | None, typer.Option(help="To try; may come several times. [0.3 0.5 0.7 1]")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Prompts of each category.")] = 24,
+    seed: Annotated[int, typer.Option(help="Of prompts and drawings.")] = 0,
+) -> None:
+    """Find the guidance and the temperature at which a model draws best, and write them into it.
+
+    The prompts are of the kinds that `unimodal evaluate` scores, but never the same. Every way to
+    draw (`unimodal draw`, `chat`, `serve`) then starts from these settings.
+
+    **Example:** `unimodal choose-sampling runs/demo/model --guidance 1 --guidance 2`
+    """
+    from typing import cast
+
+    from eval.choose_sampling import SamplingGrid, choose_sampling
+    from eval.shapes.scene import Level
+
+    given = {"guidance": guidance, "temperature": temperature}
+    grid = SamplingGrid(**{name: value for name, value in given.items() if value})
+    for one in choose_sampling(model, cast(Level, level), grid=grid, n=n, seed=seed):
+        typer.echo(
+            f"guidance {one['guidance']:<4} temperature {one['temperature']:<4} "
+            f"{100 * one['score']:5.1f} %"
+        )
 
 
 @app.command("report")

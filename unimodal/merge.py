@@ -104,7 +104,11 @@ def merge(
         tokenizer.chat_template = PLAIN_TEMPLATE
 
     files = shard_files(base)
-    evidence = None if pairs is None else caption_evidence(pairs, tokenizer, vocabulary)
+    evidence = (
+        None
+        if pairs is None
+        else caption_evidence(pairs, tokenizer, vocabulary, model.config.code_factors())
+    )
     changes = {}
     for tensor in _vocabulary_tensors(config, files, vocabulary.rows):
         text = tensor.read()[: vocabulary.start_token_id]

@@ -23,10 +23,10 @@ from tokenizer_hf.errors import CheckpointError, ConfigurationError, MessageErro
 from unimodal.generation.grammar import Mode
 from unimodal.generation.sampling import SamplingSettings, default_stop_ids, generate
 from unimodal.messages import Message
-from unimodal.processing_unimodal import UnimodalProcessor
+from unimodal.processing_unimodal import DRAW_DEFAULTS, UnimodalProcessor
 
 ROWS_PER_BATCH = 16  # pictures, captions or replies generated at once; results do not depend on it
-GUIDANCE = 3.0
+GUIDANCE = DRAW_DEFAULTS["guidance"]
 CAPTION_TOKENS = 128
 REPLY_TOKENS = 512
 
@@ -149,8 +149,8 @@ class Unimodal:
         *,
         n: int = 1,
         seed: int | None = None,
-        guidance: float = GUIDANCE,
-        temperature: float = 1.0,
+        guidance: float | None = None,
+        temperature: float | None = None,
         top_k: int | None = None,
         budget: int | None = None,
         negative_prompt: str = "",
@@ -165,7 +165,8 @@ class Unimodal:
                 that reaches the same seed. None takes a new seed.
             guidance: 1 is off; above 1 the picture follows the prompt more closely.
             temperature: of the image codes; 0 is greedy, and all n pictures are then the same.
-            top_k: keep this many of the likeliest codes; None keeps all.
+            top_k: keep this many of the likeliest codes. These three, where None: the model's own
+                (``processor.draw_settings``).
             budget: codes of a picture, where the image tokenizer is nested; None for all.
             negative_prompt: what guidance leads away from.
             on_token: called with (picture, token_id) as each id is drawn.
@@ -186,7 +187,7 @@ class Unimodal:
             for _ in range(n)
         ]
         settings = SamplingSettings(
-            image_temperature=temperature, image_top_k=top_k, guidance=guidance, budget=budget
+            budget=budget, **self._image_settings(guidance, temperature, top_k)
         )
         seeds = _seeds(seed, len(conversations))
         replies = self._reply(
@@ -202,8 +203,8 @@ class Unimodal:
         seed: int | None = None,
         temperature: float = 0.0,
         top_k: int | None = None,
-        guidance: float = GUIDANCE,
-        image_temperature: float = 1.0,
+        guidance: float | None = None,
+        image_temperature: float | None = None,
         image_top_k: int | None = None,
         budget: int | None = None,
         negative_prompt: str = "",
@@ -244,11 +245,9 @@ class Unimodal:
         settings = SamplingSettings(
             text_temperature=temperature,
             text_top_k=top_k,
-            image_temperature=image_temperature,
-            image_top_k=image_top_k,
-            guidance=guidance,
             budget=budget,
             max_new_tokens=max_new_tokens,
+            **self._image_settings(guidance, image_temperature, image_top_k),
         )
         replies = self._reply(
             conversations,
@@ -262,6 +261,17 @@ class Unimodal:
         return replies[0] if single else replies
 
     # --- how --------------------------------------------------------------------------------------
+
+    def _image_settings(
+        self, guidance: float | None, temperature: float | None, top_k: int | None
+    ) -> dict[str, Any]:
+        """The sampling settings of pictures: what the caller gave, else the model's own."""
+        own = self.processor.draw_settings
+        return {
+            "guidance": own["guidance"] if guidance is None else guidance,
+            "image_temperature": own["temperature"] if temperature is None else temperature,
+            "image_top_k": own["top_k"] if top_k is None else top_k,
+        }
 
     def _reply(
         self,

@@ -7,6 +7,7 @@ the image vocabulary that joins them. The language model is not in it.
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,13 @@ from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from tokenizer_hf.errors import CheckpointError, MessageError, MismatchError, VocabularyError
+from tokenizer_hf.errors import (
+    CheckpointError,
+    ConfigurationError,
+    MessageError,
+    MismatchError,
+    VocabularyError,
+)
 from tokenizer_hf.files import atomic_folder, atomic_write
 from tokenizer_hf.image_processing_image_tokenizer import ImageTokenizerImageProcessor
 from tokenizer_hf.modeling_image_tokenizer import ImageTokenizer
@@ -40,6 +47,9 @@ PROCESSOR_FILE = "processor_config.json"
 IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
 CAPTION_INSTRUCTION = "Describe the picture."
 DRAW_INSTRUCTION = "Draw: {prompt}"
+DRAW_DEFAULTS: dict[str, Any] = {"guidance": 3.0, "temperature": 1.0, "top_k": None}
+"""How a model draws whose folder says nothing else."""
+NOT_YET = (128, 128, 128)  # RGB of what a preview does not know yet
 IMAGES_PER_BATCH = 64  # encoded or decoded at once; codes do not depend on it
 
 
@@ -54,6 +64,8 @@ class UnimodalProcessor(ProcessorMixin):
         image_vocabulary: an ImageVocabulary, or its ``to_dict()``.
         caption_instruction: what ``caption_messages`` says after the picture.
         draw_instruction: what ``draw_messages`` says; holds ``{prompt}``.
+        draw_settings: how this model draws best: some of ``guidance``, ``temperature``, ``top_k``.
+            They are the defaults of every way to draw; `unimodal choose-sampling` finds them.
         chat_template: used in place of the tokenizer's own.
 
     Raises:
@@ -69,6 +81,7 @@ class UnimodalProcessor(ProcessorMixin):
         image_vocabulary: ImageVocabulary | dict[str, Any] | None = None,
         caption_instruction: str = CAPTION_INSTRUCTION,
         draw_instruction: str = DRAW_INSTRUCTION,
+        draw_settings: dict[str, Any] | None = None,
         chat_template: str | None = None,
     ) -> None:
         template = tokenizer.chat_template if chat_template is None else chat_template
@@ -83,11 +96,17 @@ class UnimodalProcessor(ProcessorMixin):
             raise MessageError(
                 f'draw_instruction {draw_instruction!r}; expected a "{{prompt}}" in it'
             )
+        unknown = set(draw_settings or {}) - set(DRAW_DEFAULTS)
+        if unknown:
+            raise ConfigurationError(
+                f"draw_settings has {min(unknown)!r}; expected some of {', '.join(DRAW_DEFAULTS)}"
+            )
         self._vocabulary = image_vocabulary
         self.image_vocabulary = image_vocabulary.to_dict()
         self.vq_model = vq_model
         self.caption_instruction = caption_instruction
         self.draw_instruction = draw_instruction
+        self.draw_settings = {**DRAW_DEFAULTS, **(draw_settings or {})}
         _require_match(tokenizer, vq_model, image_vocabulary)
 
     @property
@@ -108,10 +127,14 @@ class UnimodalProcessor(ProcessorMixin):
         instruction = {"type": "text", "text": self.caption_instruction}
         return [{"role": "user", "content": [part, instruction]}]
 
-    def draw_messages(self, prompt: str) -> list[Message]:
+    def draw_messages(self, prompt: str, images: Sequence[Message] = ()) -> list[Message]:
         """The conversation that asks for a drawing. The empty prompt is the unconditional one: what
-        training's prompt dropout shows, and what guidance leads away from."""
-        return [{"role": "user", "content": self.draw_instruction.replace("{prompt}", prompt)}]
+        training's prompt dropout shows, and what guidance leads away from. ``images`` are image
+        parts that the drawing takes up; they stand before the instruction."""
+        instruction = self.draw_instruction.replace("{prompt}", prompt)
+        if not images:
+            return [{"role": "user", "content": instruction}]
+        return [{"role": "user", "content": [*images, {"type": "text", "text": instruction}]}]
 
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False, **values: Any
@@ -352,6 +375,39 @@ class UnimodalProcessor(ProcessorMixin):
                     images[index] = image
         return images
 
+    def decode_beginning(self, codes: Sequence[Any]) -> Image.Image | None:
+        """Show a picture of which only the first codes are known: a preview.
+
+        Where the codes are nested, their prefix is a picture already. Elsewhere the missing codes
+        are filled up with the commonest known one, and where codes have their place on a grid, the
+        cells that are still to come are gray.
+
+        Args:
+            codes: the first codes of one picture, (L,) or (L, G); all of them will do too.
+
+        Returns:
+            The picture, or None where the codes are too few to show anything.
+
+        Raises:
+            CodeError: more codes than a picture has, or codes that the image tokenizer lacks.
+        """
+        config = self._require_model().config
+        known = [tuple(code) if isinstance(code, list | tuple) else code for code in codes]
+        if len(known) < (config.min_tokens if config.is_nested else 1):
+            return None
+        if config.is_nested or len(known) >= config.num_tokens:
+            return self.decode_codes([known])[0]
+        missing = config.num_tokens - len(known)
+        commonest = Counter(known).most_common(1)[0][0]
+        [image] = self.decode_codes([[*known, *[commonest] * missing]])
+        if config.grid is not None:
+            rows, columns = config.grid
+            height, width = image.height // rows, image.width // columns
+            for cell in range(len(known), config.num_tokens):
+                left, top = cell % columns * width, cell // columns * height
+                image.paste(NOT_YET, (left, top, left + width, top + height))
+        return image
+
     def _require_model(self) -> ImageTokenizer:
         if self.vq_model is None:
             raise CheckpointError(
@@ -449,6 +505,7 @@ class UnimodalProcessor(ProcessorMixin):
             "image_vocabulary": self.image_vocabulary,
             "caption_instruction": self.caption_instruction,
             "draw_instruction": self.draw_instruction,
+            "draw_settings": self.draw_settings,
         }
         auto_map = getattr(self, "auto_map", None)
         return {**values, "auto_map": auto_map} if auto_map else values
@@ -503,8 +560,9 @@ class UnimodalProcessor(ProcessorMixin):
         Args:
             load_image_tokenizer: False leaves ``vq_model`` out; pictures then have to come as
                 codes.
-            kwargs: ``caption_instruction``, ``draw_instruction`` or ``chat_template`` in place of
-                the folder's. What AutoProcessor adds (``trust_remote_code``, ...) is ignored.
+            kwargs: ``caption_instruction``, ``draw_instruction``, ``draw_settings`` or
+                ``chat_template`` in place of the folder's. What AutoProcessor adds
+                (``trust_remote_code``, ...) is ignored.
 
         Raises:
             CheckpointError: a folder that is missing, or holds no merged model.
@@ -519,7 +577,7 @@ class UnimodalProcessor(ProcessorMixin):
             revision=revision,
         )
         config = _read_config(folder)
-        own = ("caption_instruction", "draw_instruction", "chat_template")
+        own = ("caption_instruction", "draw_instruction", "draw_settings", "chat_template")
         values = {key: config[key] for key in own if key in config}
         values |= {key: kwargs[key] for key in own if key in kwargs}
         sub_folder = folder / IMAGE_TOKENIZER_FOLDER

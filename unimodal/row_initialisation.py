@@ -137,18 +137,24 @@ def _meaning(evidence: Any, text_rows_VD: Tensor, mean: Tensor) -> tuple[Tensor,
     return torch.nn.functional.normalize(directions, dim=1), known
 
 
-def caption_evidence(pairs: str | Path, tokenizer: Any, vocabulary: ImageVocabulary) -> Any:
+def caption_evidence(
+    pairs: str | Path, tokenizer: Any, vocabulary: ImageVocabulary, factors: np.ndarray
+) -> Any:
     """How strongly each code speaks for each text token, over captioned pictures.
 
     The weight is positive pointwise mutual information between "the picture has the code" and "one
     of its captions has the token", damped by counts / (counts + 1), so that one chance meeting
-    weighs little. Words that stand in every caption have no information and drop out.
+    weighs little. Words that stand in every caption have no information and drop out. Where a code
+    is made of factors, each factor is counted by itself and a code speaks with the sum of their
+    voices, so codes that no picture has get their words too.
 
     Args:
         pairs: a code cache folder: Parquet shards with columns ``codes`` and ``captions``, and
             ``cache_manifest.json`` with the image tokenizer's fingerprint.
         tokenizer: the text tokenizer, extended or not.
         vocabulary: the image vocabulary.
+        factors: (codebook_size, number of factors) of
+            :meth:`ImageTokenizerConfig.code_factors`.
 
     Returns:
         scipy CSR float32 (K, V), V = the ids before the image vocabulary.
@@ -168,7 +174,8 @@ def caption_evidence(pairs: str | Path, tokenizer: Any, vocabulary: ImageVocabul
     tokens = iter(text_ids["input_ids"])
     V = vocabulary.start_token_id
     per_picture = [[i for _ in several for i in next(tokens) if i < V] for several in captions]
-    has_code = _incidence(codes, vocabulary.num_codes, csr_array)
+    parts = _factor_columns(factors, vocabulary.num_codebooks)
+    has_code = _incidence([parts[one] for one in codes], int(parts.max()) + 1, csr_array)
     has_token = _incidence(per_picture, V, csr_array)
     together = (has_code.T @ has_token).tocoo()
     row, column = together.coords
@@ -177,7 +184,13 @@ def caption_evidence(pairs: str | Path, tokenizer: Any, vocabulary: ImageVocabul
     weight = np.maximum(np.log(count / expected), 0) * count / (count + 1)
     evidence = csr_array((weight.astype(np.float32), (row, column)), shape=together.shape)
     evidence.eliminate_zeros()
-    return evidence
+    return csr_array(_incidence(parts, evidence.shape[0], csr_array) @ evidence)
+
+
+def _factor_columns(factors: np.ndarray, num_codebooks: int) -> np.ndarray:
+    """Factors of the codes of all codebooks, (K, number of factors); no two codebooks share one."""
+    width = int(factors.max()) + 1
+    return np.concatenate([factors + book * width for book in range(num_codebooks)])
 
 
 def _read_pairs(folder: Path, vocabulary: ImageVocabulary) -> list[tuple[Any, list[str]]]:
@@ -211,7 +224,7 @@ def _read_pairs(folder: Path, vocabulary: ImageVocabulary) -> list[tuple[Any, li
 
 
 def _incidence(members: Any, width: int, csr: Any) -> Any:
-    """(pictures, width) 0/1: which members occur in each picture."""
+    """(sets, width) 0/1: which members occur in each set."""
     unique = [np.unique(np.asarray(ids, np.int64)) for ids in members]
     ends = np.concatenate([[0], np.cumsum([len(ids) for ids in unique])])
     columns = np.concatenate(unique)

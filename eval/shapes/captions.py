@@ -269,10 +269,16 @@ TEXT_KINDS = (
     "caption_of_board",
     "board_of_caption",
     "question_about_board",
+    "dialogue_about_board",
     "caption",
     "question_about_caption",
 )
-_KIND_WEIGHTS = (8, 8, 2, 1, 1)
+_KIND_WEIGHTS = (6, 8, 3, 3, 1, 1)
+
+
+def prompt_words(scene: Scene, rng: random.Random) -> str:
+    """Words to draw a scene from: as often a brief caption ("two stars") as a named one."""
+    return captions(scene, rng, "brief" if rng.random() < 0.5 else "named")
 
 
 def world_text_messages(
@@ -286,7 +292,8 @@ def world_text_messages(
         kind: one of TEXT_KINDS; None draws one.
 
     Returns:
-        kind and messages [{"role": "user", "content": …}, {"role": "assistant", "content": …}].
+        kind and messages [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …];
+        a dialogue has two or three pairs of turns: a board is asked for, then asked about.
 
     Raises:
         DataError: a board is asked for and the scene does not stand on one.
@@ -295,10 +302,13 @@ def world_text_messages(
     if kind == "caption_of_board":
         user, assistant = f"{board_text(scene)} describe", captions(scene, rng)
     elif kind == "board_of_caption":
-        user, assistant = f"draw in words {captions(scene, rng)}", board_text(scene)
+        user, assistant = f"draw in words {prompt_words(scene, rng)}", board_text(scene)
     elif kind == "question_about_board":
         question, assistant = questions(scene, rng, 1)[0]
         user = f"{board_text(scene)} {question}"
+    elif kind == "dialogue_about_board":
+        turns = [(f"draw in words {prompt_words(scene, rng)}", board_text(scene))]
+        return kind, chat_messages([*turns, *questions(scene, rng, 2)])
     elif kind == "caption":
         user, assistant = "describe", captions(scene, rng)
     elif kind == "question_about_caption":
@@ -306,9 +316,15 @@ def world_text_messages(
         user = f"{text}. {question}"
     else:
         raise ValueError(f"kind is {kind!r}; expected one of {', '.join(TEXT_KINDS)}")
-    return kind, [
-        {"role": "user", "content": user},
-        {"role": "assistant", "content": assistant},
+    return kind, chat_messages([(user, assistant)])
+
+
+def chat_messages(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
+    """Chat messages of (user, assistant) turns."""
+    return [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
 
 

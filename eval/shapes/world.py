@@ -15,6 +15,7 @@ from tqdm import tqdm
 from eval.shapes.captions import (
     board_text,
     captions,
+    prompt_words,
     questions,
     world_text_messages,
 )
@@ -37,6 +38,7 @@ class WorldManifest:
     train: int
     validation: int
     captions_per_picture: int
+    chats: int
 
     @classmethod
     def load(cls, folder: str | Path) -> "WorldManifest":
@@ -62,6 +64,7 @@ def write_world(
     level: Level = "board",
     captions_per_picture: int = 4,
     validation: int | None = None,
+    chats: int | None = None,
     progress: bool = True,
 ) -> Path:
     """Write pictures with captions and questions, and text-only lines, about the embedded world.
@@ -69,22 +72,24 @@ def write_world(
     ::
 
         world.json                         level, seed, numbers of pictures
-        train/pictures-00000.parquet       image (PNG, `datasets.Image`), captions, questions, scene
+        train/pictures-00000.parquet       image (PNG, `datasets.Image`), captions, prompts,
+                                           questions, scene
         validation/pictures-00000.parquet  the same; no picture that training holds
         text/{train,validation}.jsonl      {"text": …}: captions, boards in words, questions
         chat/{train,validation}.jsonl      {"messages": […], "kind": …}: `world_text_messages`
 
     The captions of a row all name colour and shape of every object, but for the last, which is
-    brief (shapes only). Objects are never HELD_OUT pairs. The text lines and chats are about scenes
-    of their own.
+    brief (shapes only); its prompts, which training draws from, are brief as often as not. Objects
+    are never HELD_OUT pairs. The text lines and chats are about scenes of their own.
 
     Args:
         folder: where to write; replaced as a whole when everything is there.
-        n: number of training pictures (and of text lines and of chats).
+        n: number of training pictures (and of text lines).
         seed: the same seed writes the same bytes.
         level: `board` or `free`, see `sample_scene`.
         captions_per_picture: at least 2.
         validation: number of validation pictures; default a twentieth of `n`, between 200 and 1000.
+        chats: number of training chats; default `n`.
         progress: show a progress bar.
 
     Returns:
@@ -102,12 +107,15 @@ def write_world(
         raise ConfigurationError(f"level is {level!r}; expected 'board' or 'free'")
     if validation is None:
         validation = min(1000, max(200, n // 20))
-    manifest = WorldManifest(level, seed, n, validation, captions_per_picture)
+    chats = n if chats is None else chats
+    manifest = WorldManifest(level, seed, n, validation, captions_per_picture, chats)
     counts = {"validation": validation, "train": n}
     seen: set[Scene] = set()
     with (
         atomic_folder(folder) as draft,
-        tqdm(total=3 * (n + validation), desc="world", unit="row", disable=not progress) as bar,
+        tqdm(
+            total=2 * n + chats + 3 * validation, desc="world", unit="row", disable=not progress
+        ) as bar,
     ):
         for split, count in counts.items():
             scenes = _scenes(count, f"{seed}-pictures-{split}", level, seen)
@@ -120,8 +128,9 @@ def write_world(
                 path = draft / kind / f"{split}.jsonl"
                 path.parent.mkdir(exist_ok=True)
                 rng = random.Random(f"{seed}-{kind}-words-{split}")
+                lines = chats if (kind, split) == ("chat", "train") else count
                 with path.open("w", encoding="utf-8") as file:
-                    for scene in _scenes(count, f"{seed}-{kind}-{split}", level, set()):
+                    for scene in _scenes(lines, f"{seed}-{kind}-{split}", level, set()):
                         file.write(json.dumps(row(scene, rng, level)) + "\n")
                         bar.update()
         text = json.dumps({k: getattr(manifest, k) for k in manifest.__slots__}, indent=2)
@@ -168,6 +177,7 @@ def _schema() -> Any:
         {
             "image": datasets.Image(),
             "captions": datasets.List(datasets.Value("string")),
+            "prompts": datasets.List(datasets.Value("string")),
             "questions": datasets.List(
                 {"question": datasets.Value("string"), "answer": datasets.Value("string")}
             ),
@@ -189,11 +199,13 @@ def _write_pictures(
         name = f"{seed}-{shard * _ROWS_PER_SHARD + len(rows):06d}.png"
         texts = [captions(scene, rng, "named") for _ in range(captions_per_picture - 1)]
         texts.append(captions(scene, rng, "brief"))
+        wanted = [prompt_words(scene, rng) for _ in texts]
         pairs = [{"question": q, "answer": a} for q, a in questions(scene, rng)]
         rows.append(
             {
                 "image": {"bytes": buffer.getvalue(), "path": name},
                 "captions": texts,
+                "prompts": wanted,
                 "questions": pairs,
                 "scene": scene.to_json(),
             }

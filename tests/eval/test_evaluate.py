@@ -20,7 +20,7 @@ from tests.toy import toy_merged_folder
 from tokenizer_hf.errors import CheckpointError, ConfigurationError, DataError
 from unimodal.cli import main
 
-SMALL = EvaluationSettings(n=2, pictures=6, texts=8)
+SMALL = EvaluationSettings(n=2, pictures=6, texts=8, dialogues=3)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,17 @@ def test_sections(report: dict[str, Any], parts: Path) -> None:
     assert set(report["caption"]) == set(report["caption_held_out"]) == names
     assert set(report["text"]) == {"perplexity_base", "perplexity_tuned", "kl", "image_mass"}
     scores = [report["answers"]]
-    for name in ("reconstruction", "draw", "draw_held_out", "caption", "caption_held_out", "text"):
+    assert set(report["dialogue"]) == {"drawing", "answers"}
+    assert report["dialogue"]["drawing"]["n"] == SMALL.dialogues
+    for name in (
+        "dialogue",
+        "reconstruction",
+        "draw",
+        "draw_held_out",
+        "caption",
+        "caption_held_out",
+        "text",
+    ):
         scores += report[name].values()
     assert all(map(_is_score, scores))
     assert all(score["n"] == SMALL.n for score in report["draw"].values())
@@ -74,7 +84,7 @@ def test_every_key_is_documented(report: dict[str, Any]) -> None:
     text = Path("docs/report_schema.md").read_text(encoding="utf-8")
     for key, value in report.items():
         assert f"`{key}" in text, key
-        if key in ("reconstruction", "caption", "draw", "text", "spans"):
+        if key in ("reconstruction", "caption", "draw", "dialogue", "text", "spans"):
             assert all(f"`{name}`" in text for name in value), (key, value)
 
 

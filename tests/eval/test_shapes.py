@@ -298,12 +298,15 @@ def test_text_messages() -> None:
     for scene in _scenes(300, 15):
         kind, messages = world_text_messages(scene, rng)
         seen.add(kind)
-        assert [m["role"] for m in messages] == ["user", "assistant"]
-        user, assistant = (m["content"] for m in messages)
+        assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
+        user, assistant, *more = (m["content"] for m in messages)
         if kind == "caption_of_board":
             assert board_text(scene) in user
             assert satisfies(scene, parse_caption(assistant) or Requirement(()))
-        elif kind == "board_of_caption":
+        elif kind in ("board_of_caption", "dialogue_about_board"):
+            for question, answer in zip(more[::2], more[1::2], strict=True):
+                _check_answer(scene, question, answer)
+            assert bool(more) == kind.startswith("dialogue")
             assert satisfies(
                 scene, parse_caption(user.removeprefix("draw in words ")) or Requirement(())
             )

@@ -40,7 +40,7 @@ def test_layout(world: Path) -> None:
         "chat/train.jsonl",
         "chat/validation.jsonl",
     }
-    assert WorldManifest.load(world) == WorldManifest("board", 3, 120, 30, 4)
+    assert WorldManifest.load(world) == WorldManifest("board", 3, 120, 30, 4, 120)
 
 
 def test_same_seed_same_bytes(world: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from tokenizer_hf.vocabulary import VocabularyExtension
 from unimodal.serving.logits import (
     CERTAIN,
     CONDITIONAL,
+    START_BEFORE_KEY,
     UNCONDITIONAL,
     ImageLogitsProcessor,
     Segment,
@@ -107,6 +108,50 @@ def test_a_text_row_keeps_text_ids_only(tmp_path: Any) -> None:
     for row in range(2):
         assert finite(logits[row]) == list(range(100))
     assert torch.equal(logits[:, :100], before[:, :100])
+
+
+def opening(before: Any, stop: int = FIXED.start_token_id) -> SamplingParams:
+    return SamplingParams(extra_args={START_BEFORE_KEY: before}, stop_token_ids=[stop])
+
+
+def test_a_text_row_may_start_an_image_where_it_is_opened_and_stops_there(tmp_path: Any) -> None:
+    processor = v1(tmp_path)
+    text, start, outputs = list(range(100)), FIXED.start_token_id, []
+    rows = [
+        (0, params(), [], []),
+        (1, opening(2), [], outputs),
+        (2, opening(2, stop=7), [], []),  # would not stop there
+        (3, params(segment()), [], []),
+    ]
+    processor.update_state(update(added=rows))
+    for expected in ([*text, start], [*text, start], text):
+        logits = torch.randn(4, FIXED.rows)
+        processor.apply(logits)
+        assert [finite(logits[row]) for row in range(3)] == [text, expected, text]
+        assert drawn(logits[3])
+        outputs.append(5)
+    processor.update_state(update(removed=[1, 3]))
+    logits = torch.randn(2, FIXED.rows)
+    processor.apply(logits)
+    assert finite(logits[1]) == text
+
+
+def test_an_opened_row_of_the_v2_interface_counts_by_lengths(tmp_path: Any) -> None:
+    processor = v2(tmp_path, [5, 9])
+    processor.add_request(0, params())
+    processor.add_request(1, opening(2))
+    text = list(range(100))
+    for length, open_still in ((4, True), (9, True), (10, True), (11, False)):
+        logits = torch.randn(2, FIXED.rows)
+        processor.apply(logits, context([1, 0], [length, 6]))
+        assert finite(logits[0]) == [*text, *([FIXED.start_token_id] if open_still else [])]
+        assert finite(logits[1]) == text
+
+
+@pytest.mark.parametrize("before", [True, "3", 1.5, [2]])
+def test_an_opening_that_is_no_integer_is_refused(before: Any) -> None:
+    with pytest.raises(ConfigurationError, match="integer"):
+        ImageLogitsProcessor.validate_params(opening(before))
 
 
 def test_an_image_row_draws_the_likeliest_code_of_its_codebook(tmp_path: Any) -> None:

@@ -124,13 +124,37 @@ def test_directions_are_the_processors_conversations(examples: Examples) -> None
             ("draw", 1, True),
             ("caption", 2, False),
             ("question", 0, False),
+            ("dialogue", 0, False),
         )
     ]
     drawing = [*processor.draw_messages("There is a large green square, number 4")]
     assert picked[0] == [*drawing, assistant([image])]
     assert picked[1] == [*processor.draw_messages(""), assistant([image])]
     assert picked[2] == [*processor.caption_messages(image), assistant("A green circle.")]
-    assert picked[3] == [user([image, part("What colour is it?")]), assistant("It's green!")]
+    answer = assistant("It's green!")
+    assert picked[3] == [user([image, part("What colour is it?")]), answer]
+    drawn = [*processor.draw_messages("A green circle."), assistant([image])]
+    assert picked[4] == [*drawn, user("What colour is it?"), answer]
+
+
+def test_pictures_are_drawn_from_their_prompts_where_they_have_some(
+    merged: Path, tmp_path: Path
+) -> None:
+    pictures = write_pictures(tmp_path / "pictures", 2)
+    lines = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+    lines[1]["prompts"] = ["green", "something green"]
+    (pictures / "metadata.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    build_cache(str(pictures), merged, tmp_path / "codes", progress=False)
+    examples = Examples(UnimodalProcessor.from_pretrained(merged), [tmp_path / "codes"])
+    processor = examples.processor
+    for row, choice, expected in (
+        (0, 0, "A red circle."),
+        (1, 0, "green"),
+        (1, 3, lines[1]["prompts"][1]),
+    ):
+        messages = examples.messages(Pick("draw", row, choice, False))
+        assert messages[:-1] == processor.draw_messages(expected)
+    assert examples.messages(Pick("caption", 1, 0, False))[-1] == assistant("A green circle.")
 
 
 def test_examples_learn_the_answer_only(examples: Examples) -> None:
@@ -207,7 +231,7 @@ def test_chats_with_pictures_are_a_direction(merged: Path, tmp_path: Path) -> No
     file.write_text(json.dumps({"messages": turns}) + "\n")
     build_cache(file, merged, tmp_path / "cache", progress=False)
     examples = Examples(processor_of(merged), [tmp_path / "cache"])
-    assert examples.num_items == {"draw": 0, "caption": 0, "question": 0, "chat": 1, "text": 0}
+    assert {name: count for name, count in examples.num_items.items() if count} == {"chat": 1}
     [example] = examples.build([Pick("chat", 0, 0, False)])
     vocabulary = examples.processor.vocabulary
     learnt = example.labels[example.labels != IGNORED].tolist()

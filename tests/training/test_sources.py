@@ -82,6 +82,7 @@ def test_parquet_as_the_world_writes_it(tmp_path: Path) -> None:
     assert len(open_source(tmp_path / "world", split="validation")) == 7
     assert all(r.image is not None and r.image.size == (64, 64) and r.captions for r in rows)
     assert any(row.questions for row in rows)
+    assert all(len(row.prompts) == len(row.captions) for row in rows)
 
 
 def test_parquet_rows_that_are_broken(tmp_path: Path) -> None:

@@ -501,7 +501,8 @@ def pairs(tmp_path):
 def test_evidence_is_what_codes_and_words_say_of_each_other(pairs):
     tokenizer = qwen_tokenizer()
     vocabulary = VocabularyExtension.from_image_tokenizer(tiny_image_tokenizer()).bind(403)
-    evidence = caption_evidence(pairs, tokenizer, vocabulary).toarray()
+    alone = tiny_image_tokenizer().config.code_factors()
+    evidence = caption_evidence(pairs, tokenizer, vocabulary, alone).toarray()
     assert evidence.shape == (16, 403)
     red, blue = (tokenizer(f" {word}")["input_ids"] for word in ("red", "blue"))
     assert len(red) == len(blue) == 1
@@ -510,6 +511,17 @@ def test_evidence_is_what_codes_and_words_say_of_each_other(pairs):
     assert evidence[3, blue[0]] == evidence[5, red[0]] == 0
     assert set(np.flatnonzero(evidence[3])) == {red[0]}  # words of every caption drop out
     assert not evidence[0].any() and not evidence[9].any()
+
+
+def test_evidence_of_factors_reaches_codes_that_no_picture_has(pairs):
+    tokenizer = qwen_tokenizer()
+    vocabulary = VocabularyExtension.from_image_tokenizer(tiny_image_tokenizer()).bind(403)
+    factors = np.stack([np.arange(16) % 4, 4 + np.arange(16) // 4], axis=1)
+    evidence = caption_evidence(pairs, tokenizer, vocabulary, factors).toarray()
+    red, blue = (tokenizer(f" {word}")["input_ids"][0] for word in ("red", "blue"))
+    # Code 3 (red) is factors 3 and 4, code 5 (blue) factors 1 and 5; nobody saw 7 and 13.
+    assert evidence[7, red] > 0 and evidence[7, blue] > 0  # 3 of the red code, 5 of the blue one
+    assert evidence[13, blue] > 0 and evidence[13, red] == 0  # 1 of the blue code
 
 
 def test_meaning_puts_a_code_near_its_words(pairs, parts, tmp_path):

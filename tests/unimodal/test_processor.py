@@ -10,16 +10,22 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.toy import TEXT_TOKENIZERS, tiny_image_tokenizer, toy_merged_folder
+from tests.toy import (
+    TEXT_TOKENIZERS,
+    nested_image_tokenizer,
+    tiny_image_tokenizer,
+    toy_merged_folder,
+)
 from tokenizer_hf.errors import (
     CheckpointError,
+    CodeError,
     ImageError,
     MessageError,
     MismatchError,
     VocabularyError,
 )
 from tokenizer_hf.vocabulary import VocabularyExtension, extend_tokenizer
-from unimodal.processing_unimodal import IMAGES_PER_BATCH, UnimodalProcessor
+from unimodal.processing_unimodal import IMAGES_PER_BATCH, NOT_YET, UnimodalProcessor
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +240,38 @@ def test_pictures_of_different_lengths_are_decoded_in_order(nested_folder):
     for row, image in zip(rows, images, strict=True):
         [alone] = processor.decode_codes([row])
         assert image.tobytes() == alone.tobytes()
+
+
+def test_a_preview_on_a_grid_is_gray_where_codes_are_missing(processor):
+    codes = processor.encode_images(picture(0))[0].tolist()
+    [whole] = processor.decode_codes([codes])
+    assert processor.decode_beginning(codes).tobytes() == whole.tobytes()
+    assert processor.decode_beginning([]) is None
+    preview = processor.decode_beginning(codes[:3])  # of 2 x 2, each 8 x 8 pixels
+    [filled] = processor.decode_codes([[*codes[:3], max(codes[:3], key=codes[:3].count)]])
+    for left, top in ((0, 0), (8, 0), (0, 8)):
+        box = (left, top, left + 8, top + 8)
+        assert preview.crop(box).tobytes() == filled.crop(box).tobytes()
+    assert set(preview.crop((8, 8, 16, 16)).getdata()) == {NOT_YET}
+    with pytest.raises(CodeError):
+        processor.decode_beginning([*codes, 1])
+
+
+def test_a_preview_of_nested_codes_is_their_prefix(nested_folder):
+    processor = UnimodalProcessor.from_pretrained(nested_folder)
+    codes = processor.encode_images(picture(0))[0].tolist()
+    least = processor.vocabulary.min_tokens
+    assert processor.decode_beginning(codes[: least - 1]) is None
+    for length in range(least, len(codes) + 1):
+        [expected] = processor.decode_codes([codes[:length]])
+        assert processor.decode_beginning(codes[:length]).tobytes() == expected.tobytes()
+
+
+def test_a_preview_of_codes_without_places_is_filled_up(tmp_path):
+    processor = UnimodalProcessor.from_pretrained(toy_merged_folder(tmp_path))
+    processor.vq_model = nested_image_tokenizer(token_layout="1d")
+    [expected] = processor.decode_codes([[3, 5, 5, 5, 5, 5]])
+    assert processor.decode_beginning([3, 5, 5]).tobytes() == expected.tobytes()
 
 
 def test_more_pictures_than_one_batch_holds(processor):

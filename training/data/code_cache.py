@@ -6,7 +6,7 @@ tokenizer; the tokenizer's fingerprint stands in the manifest and a cache of ano
 Layout::
 
     cache/
-      codes-00000.parquet ...   key, codes, captions, questions, source, messages
+      codes-00000.parquet ...   key, codes, captions, prompts, questions, source, messages
       skipped.jsonl             one line for each row that could not be used
       cache_manifest.json       written last: a folder without it is half built and can be resumed
       progress.json             only while half built
@@ -41,6 +41,7 @@ SCHEMA = pa.schema(
         ("key", pa.string()),
         ("codes", pa.list_(pa.int32())),
         ("captions", pa.list_(pa.string())),
+        ("prompts", pa.list_(pa.string())),
         ("questions", pa.list_(pa.struct([("question", pa.string()), ("answer", pa.string())]))),
         ("source", pa.string()),
         # A chat as JSON, its image parts holding codes; null for a picture with captions.
@@ -213,6 +214,7 @@ class CodeCache:
         self.code_values, self.code_offsets = _ragged(self._column("codes"))
         captions = self._column("captions")
         self._captions, self.caption_offsets = _flat(captions)
+        self._prompts, self.prompt_offsets = _flat(self._column("prompts"))
         self._questions, self.question_offsets = _flat(self._column("questions"))
         self._messages = self._column("messages")
         self.has_messages = np.asarray(self._messages.is_valid())
@@ -232,6 +234,18 @@ class CodeCache:
     def caption(self, position: int) -> str:
         """Return a caption by its position in the cache (see ``caption_offsets``)."""
         return self._captions[position].as_py()
+
+    def prompt(self, row: int, choice: int) -> str:
+        """Return one of a row's prompts, or of its captions where it has no prompts.
+
+        Args:
+            choice: any number; taken modulo how many there are.
+        """
+        start, stop = self.prompt_offsets[row : row + 2]
+        if start < stop:
+            return self._prompts[int(start + choice % (stop - start))].as_py()
+        start, stop = self.caption_offsets[row : row + 2]
+        return self.caption(int(start + choice % (stop - start)))
 
     def questions(self, row: int) -> list[tuple[str, str]]:
         """Return all (question, answer) pairs of a row."""
@@ -312,6 +326,7 @@ def _record(row: Row, codes: Iterator[list[int]]) -> dict[str, Any]:
         "key": row.key,
         "codes": [],
         "captions": row.captions,
+        "prompts": row.prompts,
         "questions": [{"question": q, "answer": a} for q, a in row.questions],
         "source": row.source,
         "messages": None,

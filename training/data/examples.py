@@ -19,6 +19,9 @@ from unimodal.processing_unimodal import UnimodalProcessor
 
 logger = logging.getLogger(__name__)
 
+DIALOGUE_QUESTIONS = 2
+"""Most questions that follow a picture in a dialogue."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -38,9 +41,10 @@ class Example:
 class Examples:
     """Everything a run can learn from, by direction.
 
-    - draw: user "Draw: {caption}" → the picture (a dropped prompt: the empty caption)
+    - draw: user "Draw: {prompt}" → the picture (a dropped prompt: the empty one)
     - caption: the picture and "Describe the picture." → a caption
     - question: the picture and a question → its answer
+    - dialogue: draw, then two questions about the picture that was drawn, each with its answer
     - chat: a cached chat with pictures → its assistant turns
     - text: a text or a chat without pictures, learnt as a whole, as `TextExamples` has them: the
       replay keeps what the base could say, user turns too
@@ -76,10 +80,16 @@ class Examples:
         fingerprint = processor.vocabulary.fingerprint
         self.caches = [CodeCache(folder, fingerprint) for folder in caches]
         captioned = _rows([np.diff(cache.caption_offsets) > 0 for cache in self.caches])
+        asked = [np.diff(cache.question_offsets) > 0 for cache in self.caches]
+        both = [
+            has & (np.diff(cache.caption_offsets) > 0)
+            for has, cache in zip(asked, self.caches, strict=True)
+        ]
         self._rows = {
             "draw": captioned,
             "caption": captioned,
-            "question": _rows([np.diff(cache.question_offsets) > 0 for cache in self.caches]),
+            "question": _rows(asked),
+            "dialogue": _rows(both),
             "chat": _rows([cache.has_messages for cache in self.caches]),
         }
         self.texts = TextExamples(processor.tokenizer, text, max_length).texts if text else []
@@ -114,21 +124,33 @@ class Examples:
         if cache.manifest.num_codebooks > 1:
             codes = codes.reshape(-1, cache.manifest.num_codebooks)
         image = {"type": "image", "codes": codes.tolist()}
+        answer: Any = [image]
         if pick.direction == "question":
             question, answer = cache.question(_chosen(cache.question_offsets, row, pick.choice))
-            user = [
-                {"role": "user", "content": [image, {"type": "text", "text": question}]},
-            ]
-            return [*user, {"role": "assistant", "content": answer}]
-        if pick.dropped:
-            user, answer = self.processor.draw_messages(""), [image]
+            user = [{"role": "user", "content": [image, {"type": "text", "text": question}]}]
+        elif pick.direction == "caption":
+            user = self.processor.caption_messages(image)
+            answer = cache.caption(_chosen(cache.caption_offsets, row, pick.choice))
         else:
-            caption = cache.caption(_chosen(cache.caption_offsets, row, pick.choice))
-            if pick.direction == "draw":
-                user, answer = self.processor.draw_messages(caption), [image]
-            else:
-                user, answer = self.processor.caption_messages(image), caption
-        return [*user, {"role": "assistant", "content": answer}]
+            prompt = "" if pick.dropped else cache.prompt(row, pick.choice)
+            user = self.processor.draw_messages(prompt)
+        turns = [*user, {"role": "assistant", "content": answer}]
+        if pick.direction == "dialogue":
+            pairs = cache.questions(row)
+            first = pick.choice % len(pairs)
+            for question, reply in (pairs[first:] + pairs[:first])[:DIALOGUE_QUESTIONS]:
+                turns.append({"role": "user", "content": question})
+                turns.append({"role": "assistant", "content": reply})
+        return turns
+
+    def codes_seen(self) -> np.ndarray:
+        """Tell which codes some cached picture holds: bool (codes of all codebooks,)."""
+        vocabulary = self.processor.vocabulary
+        seen = np.zeros((vocabulary.num_codebooks, vocabulary.codebook_size), dtype=bool)
+        for cache in self.caches:
+            for book, one in enumerate(seen):
+                one[cache.code_values[book :: len(seen)]] = True
+        return seen.reshape(-1)
 
     def mean_loss_tokens(self, samples: int = 256) -> dict[str, float]:
         """Return the mean number of loss tokens of each direction, from evenly spread items.

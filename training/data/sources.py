@@ -34,6 +34,7 @@ class Row:
         key: file and line or row; unique within the source.
         image: the opened picture (RGB); None for a chat row, whose pictures stand in its messages.
         captions: texts that describe the picture.
+        prompts: texts to draw the picture from; empty where captions serve for that.
         questions: (question, answer) pairs about the picture.
         messages: a chat, its image parts holding opened pictures; None for other rows.
         source: the path or hub id that the row came from.
@@ -44,6 +45,7 @@ class Row:
     source: str
     image: Image.Image | None = None
     captions: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
     questions: list[tuple[str, str]] = field(default_factory=list)
     messages: list[dict[str, Any]] | None = None
 
@@ -383,7 +385,8 @@ def read_text(files: Sequence[str | Path]) -> Iterator[str | list[dict[str, Any]
 
 
 def _known_columns(columns: Mapping[str, str]) -> set[str]:
-    return {*IMAGE_COLUMNS, *CAPTION_COLUMNS, *columns, "questions", "question", "answer"}
+    own = ("prompts", "questions", "question", "answer")
+    return {*IMAGE_COLUMNS, *CAPTION_COLUMNS, *columns, *own}
 
 
 def _record_row(
@@ -412,10 +415,12 @@ def _picture_row(
     need_text: bool,
 ) -> Row:
     captions = _captions(_first_column(record, columns, "captions", CAPTION_COLUMNS))
+    prompts = _captions(record.get(columns.get("prompts", "prompts")))
     questions = _questions(record, columns)
     if need_text and not captions and not questions:
         raise DataError('has no caption: needs "text" or "captions" (or "questions")')
-    return Row(index, where, source, image=image, captions=captions, questions=questions)
+    texts = {"captions": captions, "prompts": prompts}
+    return Row(index, where, source, image=image, questions=questions, **texts)
 
 
 def _first_column(

@@ -238,6 +238,7 @@ def _caption(server: Server, model: Unimodal, image: Image.Image) -> dict[str, A
         "messages": messages,
         "temperature": 0,
         "max_tokens": CAPTION_TOKENS,
+        "modalities": ["text"],
         "return_token_ids": True,
     }
     return server.post("/v1/chat/completions", body)

@@ -7,7 +7,9 @@ calls ``add_request`` and ``apply(logits, context)``; both end in the same few l
 
 A request says what it is in ``SamplingParams.extra_args["unimodal"]``, a :class:`Segment` as a
 dictionary. HTTP clients cannot set it: ``vllm_xargs`` takes numbers and strings only. A request
-without one is text: it can write no image id and no padded id, whatever endpoint it came by.
+without one is text: it can write no image id and no padded id, whatever endpoint it came by. One
+exception: a text request that stops at ``<|image_start|>`` may write that id, up to the position in
+``extra_args["unimodal_start_before"]``; serving/replies.py then goes on with an image segment.
 
 Image codes are drawn here, by the functions that the transformers backend draws with, and the id
 gets a logit that no model writes, so that vLLM's own (greedy) sampler takes it. So a seed gives the
@@ -47,6 +49,9 @@ from unimodal.serving.vllm_private import (
 )
 
 EXTRA_ARGS_KEY = "unimodal"
+START_BEFORE_KEY = "unimodal_start_before"
+"""A text request may write ``<|image_start|>`` as its id number p (from 0) where p is below this
+entry of its extra arguments, if the id is one of its ``stop_token_ids``."""
 CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"
 CERTAIN = 1e30
 """The logit of an id that has been drawn; finite, since vLLM may take a softmax of the row."""
@@ -172,6 +177,16 @@ class _Drawing:
         return self._ranges[min(position, len(self._ranges) - 1)]
 
 
+@dataclass(frozen=True)
+class _Opening:
+    """A text request in the engine's batch that may go as far as ``<|image_start|>``."""
+
+    before: int
+    """As :data:`START_BEFORE_KEY`."""
+    outputs: Sequence[int]
+    """As those of a drawing."""
+
+
 Row = tuple[int, _Drawing, int]
 """A row of this step's batch that draws: its index, its drawing, and the number of code ids that
 the image has so far, those in the prompt included."""
@@ -205,14 +220,22 @@ class ImageLogitsProcessor(LogitsProcessorV2, LogitsProcessorV1):
         self._text = (
             ImageSpanGrammar(self.vocabulary, mode="text").allowed(SpanState(), _ROOM).ranges
         )
-        self._drawings: dict[int, _Drawing] = {}
+        self._text_or_start = ImageSpanGrammar(self.vocabulary).allowed(SpanState(), _ROOM).ranges
+        self._drawings: dict[int, _Drawing | _Opening] = {}
         """By batch row (V1) or by request slot (V2)."""
         self._states = None if isinstance(device_or_states, torch.device) else device_or_states
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Refuse a request whose extra arguments are not a segment (vLLM answers 400)."""
-        Segment.from_extra_args(sampling_params.extra_args)
+        """Refuse a request whose extra arguments are not ours (vLLM answers 400)."""
+        extra_args = sampling_params.extra_args
+        Segment.from_extra_args(extra_args)
+        before = (extra_args or {}).get(START_BEFORE_KEY)
+        if before is not None and type(before) is not int:
+            raise ConfigurationError(
+                f"{START_BEFORE_KEY!r} in the extra arguments is {before!r:.80}, expected an "
+                "integer; ask for images by /v1/chat/completions or /v1/images/generations"
+            )
 
     # --- the interface of the V1 runner -----------------------------------------------------------
 
@@ -254,10 +277,17 @@ class ImageLogitsProcessor(LogitsProcessorV2, LogitsProcessorV1):
         if len(rows) < logits.shape[0]:
             drawing = {row[0] for row in rows}
             text = [index for index in range(logits.shape[0]) if index not in drawing]
-            _keep_only(logits, text, self._text)
+            self._keep_text(logits, text, ctx)
         for indices, token_ids in drawn:
             logits[torch.tensor(indices, device=logits.device), token_ids] = CERTAIN
         return logits
+
+    def _keep_text(self, logits: Tensor, text: list[int], ctx: "LogitsContext | None") -> None:
+        """Leave the rows ``text`` their text ids, and ``<|image_start|>`` where it is open."""
+        openings = self._openings_v1() if ctx is None else self._openings_v2(ctx)
+        _keep_only(logits, text, self._text_or_start if openings else self._text)
+        if openings and (closed := [index for index in text if index not in openings]):
+            logits[closed, self.vocabulary.start_token_id] = float("-inf")
 
     def _draw(
         self, logits: Tensor, ranges: Ranges | None, warp: Warp, members: list[tuple[Row, Row]]
@@ -281,26 +311,52 @@ class ImageLogitsProcessor(LogitsProcessorV2, LogitsProcessorV1):
         token_ids = legal_ids(ranges, logits.device)[picked]
         return firsts + seconds, token_ids.repeat(2) if seconds else token_ids
 
-    def _put(self, index: int, drawing: _Drawing | None) -> None:
+    def _put(self, index: int, drawing: "_Drawing | _Opening | None") -> None:
         if drawing is None:
             self._drawings.pop(index, None)
         else:
             self._drawings[index] = drawing
 
-    def _drawing(self, params: Any, outputs: Sequence[int]) -> _Drawing | None:
+    def _drawing(self, params: Any, outputs: Sequence[int]) -> _Drawing | _Opening | None:
         segment = Segment.from_extra_args(params.extra_args)
         if segment is None:
-            return None
+            return self._opening(params, outputs)
         # /inference/v1/generate takes extra arguments as they come; no length may stop the engine.
         least, most = self.vocabulary.min_tokens, self.vocabulary.num_tokens
         max_codes = min(max(segment.max_codes, least), most)
         min_codes = min(max(segment.min_codes, least), max_codes)
         return _Drawing(segment, _span_ranges(self.vocabulary, min_codes, max_codes), outputs)
 
+    def _opening(self, params: Any, outputs: Sequence[int]) -> _Opening | None:
+        before = (params.extra_args or {}).get(START_BEFORE_KEY)
+        # Where it does not stop the request, text or another start could follow it.
+        stops = self.vocabulary.start_token_id in (params.stop_token_ids or ())
+        return _Opening(before, outputs) if type(before) is int and stops else None
+
+    def _openings_v1(self) -> set[int]:
+        """The rows that may write ``<|image_start|>`` in this step."""
+        return {
+            index
+            for index, row in self._drawings.items()
+            if isinstance(row, _Opening) and len(row.outputs) < row.before
+        }
+
+    def _openings_v2(self, ctx: "LogitsContext") -> set[int]:
+        assert self._states is not None
+        openings = set()
+        for index, slot in enumerate(ctx.idx_mapping_np.tolist()):
+            row = self._drawings.get(slot)
+            if isinstance(row, _Opening):
+                prompt_length = int(self._states.prompt_len.np[slot])
+                if int(ctx.seq_lens_upper_bound_np[index]) - prompt_length < row.before:
+                    openings.add(index)
+        return openings
+
     def _rows_v1(self) -> list[Row]:
         return [
             (index, drawing, drawing.done + len(drawing.outputs))
             for index, drawing in self._drawings.items()
+            if isinstance(drawing, _Drawing)
         ]
 
     def _rows_v2(self, ctx: "LogitsContext") -> list[Row]:
@@ -309,7 +365,7 @@ class ImageLogitsProcessor(LogitsProcessorV2, LogitsProcessorV1):
         rows = []
         for index, slot in enumerate(ctx.idx_mapping_np.tolist()):
             drawing = self._drawings.get(slot)
-            if drawing is not None:
+            if isinstance(drawing, _Drawing):
                 written = int(ctx.seq_lens_upper_bound_np[index]) - int(prompt_lengths[slot])
                 # Negative while a long prompt is still being read; what is drawn is thrown away.
                 rows.append((index, drawing, drawing.done + written if written >= 0 else -1))

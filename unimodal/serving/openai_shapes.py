@@ -6,19 +6,28 @@ that we do not know is refused by name, so that a misspelt one is never silently
 
 import base64
 import io
+import json
 import secrets
-import time
-import uuid
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, Literal, TypeVar
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tokenizer_hf.errors import ConfigurationError, MessageError
+from tokenizer_hf.vocabulary import VocabularyExtension
 
 MAX_IMAGES = 10
 """Most images in one answer, as OpenAI's."""
+
+MAX_PREVIEWS = 3
+"""Most previews of one image, as OpenAI's."""
+
+MAX_EDITED = 16
+"""Most images that one drawing may take up, as OpenAI's."""
+
+Modalities = Literal["auto", "image", "text"]
+"""The modes of :class:`unimodal.generation.grammar.ImageSpanGrammar`."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -39,6 +48,19 @@ class ImageOptions(BaseModel):
     """What the unconditional prompt describes; used with guidance."""
     budget: int | None = Field(default=None, ge=1)
     """Most codes in an image, where the image tokenizer is nested."""
+    partial_images: int = Field(default=0, ge=0, le=MAX_PREVIEWS)
+    """Previews of each image while it is drawn, evenly over its codes; for streams. Fewer come
+    where drawing is faster than showing."""
+
+
+class ChatImageOptions(ImageOptions):
+    """``image`` of a chat request."""
+
+    max_images: int = Field(default=4, ge=1, le=MAX_IMAGES)
+    """Most images in a reply where the model decides when to draw."""
+    content_format: Literal["images", "parts"] = "images"
+    """"images": ``message.content`` is the text, ``message.images`` holds the images. "parts":
+    ``message.content`` is the list of both, in order."""
 
 
 class ImagesRequest(ImageOptions):
@@ -57,7 +79,8 @@ class ImagesRequest(ImageOptions):
     """Image i is drawn with seed + i."""
     return_token_ids: bool = False
     """Add ``prompt_token_ids`` and, to each image, ``token_ids``."""
-    stream: Literal[False] | None = None
+    stream: bool | None = None
+    """Answer with events: the previews, and each image as soon as it is finished."""
     background: Literal["auto", "opaque"] | None = None
     # Accepted because OpenAI's clients send them; they change nothing here.
     quality: str | None = None
@@ -66,20 +89,38 @@ class ImagesRequest(ImageOptions):
     user: str | None = None
 
 
-class ChatImageRequest(BaseModel):
-    """The fields of a chat request that matter when the answer is an image."""
+class EditsRequest(ImagesRequest):
+    """The body of ``POST /v1/images/edits``, as JSON or as a form."""
 
-    model_config = ConfigDict(extra="ignore")
+    image: Any = Field(
+        json_schema_extra={"type": "array", "items": {"type": "string"}, "minItems": 1}
+    )
+    """The images that the drawing takes up: a data URI or a list of them; in a form, files."""
+    # Accepted because OpenAI's clients send it; it changes nothing here.
+    input_fidelity: str | None = None
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
-    model: str | None = None
-    image: ImageOptions = ImageOptions()
-    n: int | None = Field(default=None, ge=1, le=MAX_IMAGES)
-    seed: int | None = Field(default=None, ge=0, lt=2**62)
-    stream: bool | None = None
-    return_token_ids: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    priority: int = 0
+    def image_parts(self) -> list[dict[str, Any]]:
+        """Return the images as parts of a message.
+
+        Raises:
+            ConfigurationError: no image, too many, or something else than data URIs and files.
+        """
+        images = self.image if isinstance(self.image, list) else [self.image]
+        if not 0 < len(images) <= MAX_EDITED:
+            raise ConfigurationError(
+                f"{len(images)} images came in 'image', expected 1 to {MAX_EDITED}"
+            )
+        for image in images:
+            if not isinstance(image, str | bytes):
+                raise ConfigurationError(
+                    f"'image' holds {image!r:.80}, expected a data URI, or a file in a form"
+                )
+        return [
+            {"type": "image", "image": image}
+            if isinstance(image, bytes)
+            else {"type": "image_url", "image_url": {"url": image}}
+            for image in images
+        ]
 
 
 def read_body(shape: type[Model], body: dict[str, Any]) -> Model:
@@ -106,15 +147,16 @@ def read_body(shape: type[Model], body: dict[str, Any]) -> Model:
         raise ConfigurationError("; ".join(problems)) from error
 
 
-def wants_image(body: dict[str, Any]) -> bool:
-    """Say whether a chat request asks for an image.
+def modalities_of(body: dict[str, Any]) -> Modalities:
+    """Say what a chat request wants: the model decides, an image first, or text only.
 
     Raises:
-        ConfigurationError: ``modalities`` holds something else than "text" and "image".
+        ConfigurationError: ``modalities`` holds something else than "text" and "image", or forbids
+            the images that the "image" object describes.
     """
     modalities = body.get("modalities")
     if modalities is None:
-        return False
+        return "auto"
     if (
         not isinstance(modalities, list)
         or not modalities
@@ -123,7 +165,26 @@ def wants_image(body: dict[str, Any]) -> bool:
         raise ConfigurationError(
             f'modalities is {modalities!r:.80}, expected ["text"], ["image"] or ["text", "image"]'
         )
-    return "image" in modalities
+    if "image" not in modalities:
+        if body.get("image") is not None:
+            raise ConfigurationError(
+                'an "image" object came, but modalities is ["text"]; leave one of them out'
+            )
+        return "text"
+    return "auto" if "text" in modalities else "image"
+
+
+def check_partial_images(options: ImageOptions, stream: bool | None) -> None:
+    """Refuse previews outside a stream, where nobody could see them in time.
+
+    Raises:
+        ConfigurationError: ``partial_images`` without ``stream``.
+    """
+    if options.partial_images and not stream:
+        raise ConfigurationError(
+            f"partial_images is {options.partial_images}, but stream is not true; previews come "
+            "in streams only"
+        )
 
 
 def check_size(size: str | None, image_size: int) -> None:
@@ -148,8 +209,8 @@ def plain_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
     """Bring OpenAI messages into the form that :mod:`unimodal.messages` renders.
 
     Parts may be text and ``image_url`` only. ``images`` of an assistant turn, as we return them,
-    follow its text; their ``codes``, if they are still there, are taken as they are, so that the
-    model sees exactly what it drew.
+    stand in its text where their ``offset`` says, else behind it; their ``codes``, if they are
+    still there, are taken as they are, so that the model sees exactly what it drew.
 
     Raises:
         MessageError: a message or a part of another shape.
@@ -168,15 +229,37 @@ def plain_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
             )
         if content is None and images:
             content = ""
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if not isinstance(parts, list):
+        if isinstance(content, str):
+            parts = _placed(content, images, index)
+        elif isinstance(content, list):
+            parts = [*content, *images]
+        else:
             raise MessageError(
                 f"content of message {index} is {content!r:.80}, expected a string or a list of "
                 "parts"
             )
-        parts = [_plain_part(part, index) for part in [*parts, *images]]
+        parts = [_plain_part(part, index) for part in parts]
         plain.append({"role": message["role"], "content": parts})
     return plain
+
+
+def _placed(text: str, images: list[Any], index: int) -> list[Any]:
+    """Put the images of message ``index`` into its text, at their offsets or behind it."""
+    parts: list[Any] = []
+    done = 0
+    for image in images:
+        offset = image.get("offset") if isinstance(image, dict) else None
+        stop = len(text) if offset is None else offset
+        if type(stop) is not int or not done <= stop <= len(text):
+            raise MessageError(
+                f"an image of message {index} has the offset {offset!r:.80}, expected {done} to "
+                f"{len(text)}: offsets count the characters of content before each image"
+            )
+        parts += [*([{"type": "text", "text": text[done:stop]}] if done < stop else []), image]
+        done = stop
+    if done < len(text) or not parts:
+        parts.append({"type": "text", "text": text[done:]})
+    return parts
 
 
 def _plain_part(part: Any, index: int) -> dict[str, Any]:
@@ -230,86 +313,156 @@ def data_uri(image: Image.Image) -> str:
     return f"data:image/png;base64,{encode_image(image)}"
 
 
-def image_part(image: Image.Image, codes: list[Any]) -> dict[str, Any]:
-    """Return an image of an answer. Sent back as history, its codes spare encoding it again."""
-    return {"type": "image_url", "image_url": {"url": data_uri(image)}, "codes": codes}
+def image_part(image: Image.Image, **values: Any) -> dict[str, Any]:
+    """Return an image of an answer, with more values.
+
+    Sent back as history, its ``codes`` spare encoding it again and its ``offset`` says where in
+    the text it stands.
+    """
+    return {"type": "image_url", "image_url": {"url": data_uri(image)}, **values}
 
 
-def usage(num_prompt_tokens: int, num_drawn_tokens: int) -> dict[str, int]:
-    """Token counts of a chat answer."""
+class Codes(BaseModel):
+    """How many codes an image may have."""
+
+    min: int
+    max: int
+    """Where they differ, ``budget`` may be anything between them."""
+    codebook_size: int
+    num_codebooks: int
+
+
+class Abilities(BaseModel):
+    """What a model does with images: ``unimodal`` in the list of models."""
+
+    input_modalities: list[str] = ["text", "image"]
+    output_modalities: list[str] = ["text", "image"]
+    size: str
+    """The only one that it draws, as width x height in pixels."""
+    codes: Codes
+    nested: bool
+    """Any number of codes from min to max is an image, the coarser the fewer."""
+    guidance: bool
+    """Whether the server's flags leave room for it."""
+    guidance_problem: str | None
+    """Why not."""
+    max_n: int = MAX_IMAGES
+    max_partial_images: int = MAX_PREVIEWS
+    output_formats: list[str] = ["png", "jpeg", "webp"]
+    defaults: dict[str, Any]
+    """Of the ``image`` object of a chat request."""
+
+
+def abilities(
+    vocabulary: VocabularyExtension, image_size: int, guidance: float, guidance_problem: str | None
+) -> Abilities:
+    """Say what a model does with images; ``guidance`` is its default."""
+    return Abilities(
+        size=f"{image_size}x{image_size}",
+        codes=Codes(
+            min=vocabulary.min_tokens,
+            max=vocabulary.num_tokens,
+            codebook_size=vocabulary.codebook_size,
+            num_codebooks=vocabulary.num_codebooks,
+        ),
+        nested=vocabulary.nested,
+        guidance=guidance_problem is None,
+        guidance_problem=guidance_problem,
+        defaults={**ChatImageOptions().model_dump(), "guidance_scale": guidance},
+    )
+
+
+class InputDetails(BaseModel):
+    """What a prompt consists of."""
+
+    text_tokens: int
+    image_tokens: int
+
+
+class ImagesUsage(BaseModel):
+    """Token counts of an answer of the images endpoints."""
+
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    input_tokens_details: InputDetails
+
+
+class ImageData(BaseModel):
+    """One image of an answer."""
+
+    b64_json: str
+    token_ids: list[int] | None = None
+    """Where ``return_token_ids`` asked for it."""
+
+
+class ImagesAnswer(BaseModel):
+    """The answer of ``/v1/images/generations`` and ``/v1/images/edits``."""
+
+    created: int
+    data: list[ImageData]
+    background: str = "opaque"
+    output_format: str
+    quality: str = "auto"
+    size: str
+    usage: ImagesUsage
+    prompt_token_ids: list[int] | None = None
+    """Where ``return_token_ids`` asked for it."""
+
+
+class ImageEvent(BaseModel):
+    """One event of a streamed answer of the images endpoints."""
+
+    type: Literal[
+        "image_generation.partial_image",
+        "image_generation.completed",
+        "image_edit.partial_image",
+        "image_edit.completed",
+    ]
+    index: int
+    """Which of the ``n`` images, from 0; OpenAI has no such field."""
+    b64_json: str
+    created_at: int
+    background: str = "opaque"
+    output_format: str
+    quality: str = "auto"
+    size: str
+    partial_image_index: int | None = None
+    """In the events ``partial_image``, from 0."""
+    usage: ImagesUsage | None = None
+    """Of this image, in the events ``completed``."""
+    token_ids: list[int] | None = None
+    """In the events ``completed``, where ``return_token_ids`` asked for it."""
+
+
+def images_usage(
+    prompt_token_ids: Sequence[int], image_ids: Container[int], num_drawn: int
+) -> ImagesUsage:
+    """Count the ids of a prompt, of what kind they are, and those that were drawn."""
+    images = sum(token_id in image_ids for token_id in prompt_token_ids)
+    return ImagesUsage(
+        input_tokens=len(prompt_token_ids),
+        output_tokens=num_drawn,
+        total_tokens=len(prompt_token_ids) + num_drawn,
+        input_tokens_details=InputDetails(
+            text_tokens=len(prompt_token_ids) - images, image_tokens=images
+        ),
+    )
+
+
+def file_of(image: Image.Image, request: ImagesRequest) -> dict[str, Any]:
+    """Return an image as the fields that answers and events have in common."""
     return {
-        "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": num_drawn_tokens,
-        "total_tokens": num_prompt_tokens + num_drawn_tokens,
-    }
-
-
-class ChatAnswer:
-    """Builds the answer to a chat request whose reply is images, whole or as a stream of events."""
-
-    def __init__(self, model: str, prompt_token_ids: list[int], return_token_ids: bool) -> None:
-        self.head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model,
-        }
-        self.prompt_token_ids = prompt_token_ids
-        self.return_token_ids = return_token_ids
-
-    def whole(self, parts: list[dict[str, Any]], spans: list[list[int]]) -> dict[str, Any]:
-        """Return the ``chat.completion`` object: one choice per image."""
-        choices = []
-        for index, (part, span) in enumerate(zip(parts, spans, strict=True)):
-            message = {"role": "assistant", "content": "", "images": [part]}
-            choice: dict[str, Any] = {"index": index, "message": message, "finish_reason": "stop"}
-            if self.return_token_ids:
-                choice["token_ids"] = span
-            choices.append(choice)
-        counts = usage(len(self.prompt_token_ids), sum(map(len, spans)))
-        answer = {**self.head, "object": "chat.completion", "choices": choices, "usage": counts}
-        if self.return_token_ids:
-            answer["prompt_token_ids"] = self.prompt_token_ids
-        return answer
-
-    def chunk(
-        self, index: int, delta: dict[str, Any], finish_reason: str | None = None
-    ) -> dict[str, Any]:
-        """Return one ``chat.completion.chunk`` object."""
-        choice = {"index": index, "delta": delta, "finish_reason": finish_reason}
-        return {**self.head, "object": "chat.completion.chunk", "choices": [choice]}
-
-
-def images_answer(
-    request: ImagesRequest,
-    images: list[Image.Image],
-    spans: list[list[int]],
-    prompt_token_ids: list[int],
-) -> dict[str, Any]:
-    """Return the answer of ``/v1/images/generations``."""
-    data: list[dict[str, Any]] = []
-    for image, span in zip(images, spans, strict=True):
-        item: dict[str, Any] = {
-            "b64_json": encode_image(image, request.output_format, request.output_compression)
-        }
-        if request.return_token_ids:
-            item["token_ids"] = span
-        data.append(item)
-    drawn = sum(map(len, spans))
-    answer: dict[str, Any] = {
-        "created": int(time.time()),
-        "data": data,
+        "b64_json": encode_image(image, request.output_format, request.output_compression),
         "output_format": request.output_format,
-        "size": f"{images[0].width}x{images[0].height}",
-        "usage": {
-            "input_tokens": len(prompt_token_ids),
-            "output_tokens": drawn,
-            "total_tokens": len(prompt_token_ids) + drawn,
-            "input_tokens_details": {"text_tokens": len(prompt_token_ids), "image_tokens": 0},
-        },
+        "size": f"{image.width}x{image.height}",
     }
-    if request.return_token_ids:
-        answer["prompt_token_ids"] = prompt_token_ids
-    return answer
+
+
+def event(value: dict[str, Any], kind: str | None = None) -> str:
+    """Return one server-sent event."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return f"event: {kind}\ndata: {text}\n\n" if kind else f"data: {text}\n\n"
 
 
 def error_body(message: str, status: int, kind: str, param: str | None = None) -> dict[str, Any]:

@@ -1,48 +1,46 @@
-"""The vLLM endpoint plugin: images in and out of chat completions, and images/generations.
+"""The vLLM endpoint plugin: the routes that take images in and give images out.
 
-vLLM's server stays as it is. A plugin's route replaces the stock route of the same path; text
-replies are handed back to the stock handler with the prompt's ids, which are those that
-:meth:`UnimodalProcessor.render` gives, so transformers and vLLM read the same prompt whatever the
-vocabulary mode. An image in a reply is a segment of its own (serving/segments.py).
+vLLM's server stays as it is. A plugin's route replaces the stock route of the same path: chat
+completions, whose text is still written by vLLM's own handler, and the list of models. The images
+routes are new. What the routes share is in prompts.py (messages -> ids), drawing.py (ids -> images)
+and replies.py (a chat reply in segments); the shapes are in openai_shapes.py and openapi.py.
 
 Named in pyproject.toml under ``vllm.endpoint_plugins``; loaded where ``VLLM_PLUGINS`` names it.
 """
 
 import asyncio
-import json
 import logging
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from functools import wraps
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from PIL import Image
+from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 
 from tokenizer_hf.errors import CheckpointError, ConfigurationError, ServingError, UnimodalError
-from tokenizer_hf.vocabulary import control_strings, neutralise
-from unimodal.messages import with_codes
-from unimodal.pipeline import GUIDANCE
 from unimodal.processing_unimodal import UnimodalProcessor
+from unimodal.serving import openapi
+from unimodal.serving.drawing import Drawing
+from unimodal.serving.images import ImagesReply
+from unimodal.serving.logits import START_BEFORE_KEY
 from unimodal.serving.openai_shapes import (
-    ChatAnswer,
-    ChatImageRequest,
-    ImageOptions,
+    ChatImageOptions,
+    EditsRequest,
     ImagesRequest,
+    abilities,
+    check_partial_images,
     check_size,
     error_body,
-    first_seed,
-    image_part,
-    images_answer,
+    modalities_of,
     needs_stock_template,
     plain_messages,
     read_body,
-    wants_image,
 )
-from unimodal.serving.segments import DrawSettings, ImageSegments, together
+from unimodal.serving.prompts import Prompts, template_values
+from unimodal.serving.replies import Reply, why_no_images
+from unimodal.serving.segments import ImageSegments
 from unimodal.serving.vllm_private import (
     ChatCompletionRequest,
     check_model_name,
@@ -56,14 +54,15 @@ from unimodal.serving.vllm_private import (
 
 logger = logging.getLogger("vllm.unimodal")  # below vLLM's logger, so that its handlers print it
 
-Handler = Callable[[Any, dict[str, Any], Request], Awaitable[Response]]
+Body = dict[str, Any]
+Handler = Callable[[Any, Body, Request], Awaitable[Response]]
 
 
 def answering_errors(handler: Handler) -> Handler:
     """Answer our own exceptions as OpenAI-shaped errors; vLLM's own handlers see to the rest."""
 
     @wraps(handler)
-    async def wrapper(self: Any, body: dict[str, Any], raw_request: Request) -> Response:
+    async def wrapper(self: Any, body: Body, raw_request: Request) -> Response:
         try:
             return await handler(self, body, raw_request)
         except (ServingError, CheckpointError) as error:
@@ -81,20 +80,28 @@ class UnimodalEndpoints:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Register both routes."""
-        router = APIRouter(dependencies=[Depends(validate_json_request)])
-        chat, images = self.chat_completions, self.images_generations
+        """Register the routes."""
+        router = APIRouter()
+        chat, images, edits = self.chat_completions, self.images_generations, self.images_edits
+        models = self.models
+        json_only = [Depends(validate_json_request)]
 
-        # Plain functions, since FastAPI and vLLM's decorators read the parameters' names and types.
-        @router.post("/v1/chat/completions", response_model=None)
-        async def create_chat_completion(body: dict[str, Any], raw_request: Request) -> Any:
+        # Plain functions, since FastAPI reads the parameters' names and types.
+        @router.post("/v1/chat/completions", dependencies=json_only, **openapi.CHAT)
+        async def create_chat_completion(body: openapi.ChatBody, raw_request: Request) -> Any:
             return await chat(body, raw_request)
 
-        @router.post("/v1/images/generations", response_model=None)
-        @with_cancellation
-        @load_aware_call
-        async def create_images(body: dict[str, Any], raw_request: Request) -> Any:
+        @router.post("/v1/images/generations", dependencies=json_only, **openapi.IMAGES)
+        async def create_images(body: openapi.ImagesBody, raw_request: Request) -> Any:
             return await images(body, raw_request)
+
+        @router.post("/v1/images/edits", **openapi.EDITS)
+        async def create_image_edits(raw_request: Request) -> Any:
+            return await edits({}, raw_request)
+
+        @router.get("/v1/models", **openapi.MODELS)
+        async def show_available_models() -> Any:
+            return await models()
 
         app.include_router(router)
 
@@ -105,240 +112,153 @@ class UnimodalEndpoints:
         self.processor = await asyncio.to_thread(
             UnimodalProcessor.from_pretrained, config.model, revision=config.revision
         )
-        self.vocabulary = self.processor.vocabulary
-        self.segments = ImageSegments(engine_client, self.vocabulary)
-        # A fast tokenizer may not be used by two threads at once.
-        self._tokenizer_lock = threading.Lock()
-        if self.segments.guidance_problem:
-            logger.warning("%s", self.segments.guidance_problem)
+        vocabulary = self.processor.vocabulary
+        self.prompts = Prompts(self.processor)
+        self.drawing = Drawing(ImageSegments(engine_client, vocabulary), self.prompts)
+        self.image_size = int(self.processor.vq_model.config.image_size)  # type: ignore[union-attr]
+        problem = self.drawing.segments.guidance_problem
+        if problem:
+            logger.warning("%s", problem)
         logger.info(
             "unimodal serves images of up to %d codes, vocabulary %d to %d",
-            self.vocabulary.num_tokens,
-            self.vocabulary.new_token_ids[0],
-            self.vocabulary.vocab_size - 1,
+            vocabulary.num_tokens,
+            vocabulary.new_token_ids[0],
+            vocabulary.vocab_size - 1,
         )
 
     # --- routes -----------------------------------------------------------------------------------
 
     @answering_errors
-    async def chat_completions(self, body: dict[str, Any], raw_request: Request) -> Response:
+    async def chat_completions(self, body: Body, raw_request: Request) -> Response:
         """``POST /v1/chat/completions``."""
         if not isinstance(body.get("messages"), list) or not body["messages"]:
             raise ConfigurationError(
                 f"messages is {body.get('messages')!r:.80}, expected a list of at least one message"
             )
-        if wants_image(body):
-            return await _draw_until_disconnect(self, raw_request, body)
-        if "image" in body:
+        mode = modalities_of(body)
+        options = read_body(ChatImageOptions, _object(body, "image"))
+        check_partial_images(options, body.get("stream"))
+        request, prompt = await self._chat_request(body)
+        obstacle = needs_stock_template(body) or why_no_images(request)
+        if mode == "image" and obstacle:
             raise ConfigurationError(
-                'an "image" object came, but modalities does not hold "image"; add '
-                'modalities: ["image"]'
+                f"{obstacle!r} came with a request for an image, expected plain turns of text and "
+                "images, and a reply that is free to hold one"
             )
-        body = {key: value for key, value in body.items() if key != "modalities"}
-        return await stock_chat_completion(await self._text_request(body), raw_request)
+        if START_BEFORE_KEY in (request.vllm_xargs or {}):
+            raise ConfigurationError(
+                f"vllm_xargs holds {START_BEFORE_KEY!r}, which is the server's own; leave it out"
+            )
+        if mode == "text" or obstacle:
+            return await stock_chat_completion(request, raw_request)
+        refused = await self._refused_model(request)
+        if refused is not None:
+            return refused
+        reply = Reply(
+            self.state.openai_serving_chat,
+            self.drawing,
+            request,
+            prompt,
+            options,
+            mode,
+            raw_request,
+        )
+        return await _until_disconnect(reply.respond, raw_request)
 
     @answering_errors
-    async def images_generations(self, body: dict[str, Any], raw_request: Request) -> Response:
+    async def images_generations(self, body: Body, raw_request: Request) -> Response:
         """``POST /v1/images/generations``."""
         request = read_body(ImagesRequest, body)
-        check_size(request.size, self._image_size)
-        refused, lora_request, _name = await self._model(request.model)
-        if refused is not None:
-            return refused
-        prompt = await self._prompt_ids(self.processor.draw_messages(request.prompt))
-        spans, images = await self._draw(
-            prompt, request, request.n, request.seed, lora_request=lora_request
-        )
-        answer = await asyncio.to_thread(images_answer, request, images, spans, prompt)
+        return await self._images(request, [], "image_generation", raw_request)
+
+    @answering_errors
+    async def images_edits(self, body: Body, raw_request: Request) -> Response:
+        """``POST /v1/images/edits``; the body is read here, JSON or a form."""
+        request = read_body(EditsRequest, await openapi.read_json_or_form(raw_request))
+        return await self._images(request, request.image_parts(), "image_edit", raw_request)
+
+    async def models(self) -> Response:
+        """``GET /v1/models``."""
+        listed = await self.state.openai_serving_models.show_available_models()
+        answer = listed.model_dump()
+        for card in answer["data"]:
+            card["unimodal"] = abilities(
+                self.drawing.vocabulary,
+                self.image_size,
+                self.drawing.guidance(ChatImageOptions()),
+                self.drawing.segments.guidance_problem,
+            ).model_dump()
         return JSONResponse(answer)
 
-    async def _chat_image(self, body: dict[str, Any], raw_request: Request) -> Response:
-        request = read_body(ChatImageRequest, body)
-        refused, lora_request, name = await self._model(request.model)
+    # --- what they need ---------------------------------------------------------------------------
+
+    async def _images(
+        self,
+        request: ImagesRequest,
+        pictures: list[dict[str, Any]],
+        kind: str,
+        raw_request: Request,
+    ) -> Response:
+        check_size(request.size, self.image_size)
+        check_partial_images(request, request.stream)
+        named = ChatCompletionRequest.model_validate({"model": request.model, "messages": []})
+        refused = await self._refused_model(named)
         if refused is not None:
             return refused
+        prompt = await self.prompts.of_drawing(request.prompt, pictures)
+        lora_request = lora_of(self.state.openai_serving_chat, named)
+        reply = ImagesReply(self.drawing, request, prompt, kind, lora_request)
+        return await _until_disconnect(reply.respond, raw_request)
+
+    async def _chat_request(self, body: Body) -> tuple[ChatCompletionRequest, list[int]]:
+        """Return the request as vLLM reads it and the prompt's ids, empty where vLLM renders."""
+        body = {key: value for key, value in body.items() if key not in ("modalities", "image")}
         stock_only = needs_stock_template(body)
+        prompt: list[int] = []
+        transfer = {**_object(body, "kv_transfer_params")}
         if stock_only:
-            raise ConfigurationError(
-                f"{stock_only!r} came with a request for an image, expected plain turns of text "
-                "and images"
-            )
-        values = self._template_values(body)
-        prompt = await self._prompt_ids(plain_messages(request.messages), **values)
-        answer = ChatAnswer(name, prompt, bool(request.return_token_ids))
-
-        async def draw() -> tuple[list[dict[str, Any]], list[list[int]]]:
-            spans, images = await self._draw(
-                prompt,
-                request.image,
-                request.n or 1,
-                request.seed,
-                lora_request=lora_request,
-                priority=request.priority,
-            )
-            return await asyncio.to_thread(self._image_parts, spans, images), spans
-
-        if not request.stream:
-            parts, spans = await draw()
-            return JSONResponse(answer.whole(parts, spans))
-        # What cannot be drawn is refused before the stream begins.
-        settings = self._settings(request.image, first_seed(request.seed))
-        self.segments.check(prompt, await self._negative(request.image), settings)
-        return StreamingResponse(_events(answer, draw), media_type="text/event-stream")
-
-    # --- prompts ----------------------------------------------------------------------------------
-
-    async def _text_request(self, body: dict[str, Any]) -> ChatCompletionRequest:
-        """Build the request that the stock handler answers with text."""
-        stock_only = needs_stock_template(body)
-        if stock_only:
-            body = dict(body, messages=self._neutralised(body["messages"], stock_only))
-            transfer = dict(body.get("kv_transfer_params") or {})
+            body["messages"] = self.prompts.neutralised(body["messages"], stock_only)
             transfer.pop("prompt_token_ids", None)
             body["kv_transfer_params"] = transfer or None
         else:
-            values = self._template_values(body)
             plain = plain_messages(body["messages"])
-            prompt = await self._prompt_ids(plain, **values)
+            prompt = await self.prompts.of_messages(plain, **template_values(body))
             # The handler looks at the messages' shape only; pictures are in the ids.
-            shown = [
+            body["messages"] = [
                 {"role": message["role"], "content": _text_of(message["content"])}
                 for message in plain
             ]
-            body = with_prompt_token_ids(dict(body, messages=shown), prompt)
+            body = with_prompt_token_ids(body, prompt)
         try:
-            return ChatCompletionRequest.model_validate(body)
+            return ChatCompletionRequest.model_validate(body), prompt
         except ValidationError as error:
             raise RequestValidationError(error.errors(), body=body) from error
+        except (AttributeError, KeyError, TypeError) as error:
+            # vLLM's checks look into some fields before it is known what they are.
+            raise ConfigurationError(
+                f"the request is malformed near {error}; compare it with /docs of this server"
+            ) from error
 
-    def _template_values(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The variables of the chat template that a request sets."""
-        values = dict(body.get("chat_template_kwargs") or {})
-        if body.get("tools") and body.get("tool_choice") != "none":
-            values["tools"] = body["tools"]
-        return values
-
-    async def _prompt_ids(self, messages: Sequence[dict[str, Any]], **values: Any) -> list[int]:
-        """Render messages as the processor does, off the event loop."""
-
-        def render() -> list[int]:
-            [coded] = with_codes([messages], lambda all: self.processor.encode_images(all).tolist())
-            with self._tokenizer_lock:
-                rendered = self.processor.render(coded, add_generation_prompt=True, **values)
-            return rendered.input_ids
-
-        return await asyncio.to_thread(render)
-
-    async def _negative(self, options: ImageOptions) -> list[int]:
-        """The unconditional prompt; not needed, and empty, where guidance is off."""
-        if self._guidance(options) == 1:
-            return []
-        return await self._prompt_ids(self.processor.draw_messages(options.negative_prompt))
-
-    def _neutralised(self, messages: list[Any], why: str) -> list[Any]:
-        """Break control strings in messages that vLLM renders itself; no pictures there."""
-        strings = control_strings(self.processor.tokenizer, self.vocabulary)
-
-        def clean(value: Any) -> Any:
-            if isinstance(value, str):
-                return neutralise(value, strings)
-            if isinstance(value, list):
-                return [clean(item) for item in value]
-            if isinstance(value, dict):
-                if value.get("type") == "image_url" or value.get("images"):
-                    raise ConfigurationError(
-                        f"{why!r} came together with a picture; this server renders pictures in "
-                        f"plain turns only: leave out {why!r} or the pictures"
-                    )
-                return {key: clean(item) for key, item in value.items()}
-            return value
-
-        return clean(messages)
-
-    # --- drawing ----------------------------------------------------------------------------------
-
-    async def _draw(
-        self, prompt: list[int], options: ImageOptions, n: int, seed: int | None, **request: Any
-    ) -> tuple[list[list[int]], list[Image.Image]]:
-        """Draw ``n`` images at once; if one fails or the client goes, all are cancelled."""
-        first = first_seed(seed)
-        negative = await self._negative(options)
-        self.segments.check(prompt, negative, self._settings(options, first))
-        spans = await together(
-            self.segments.draw(prompt, negative, self._settings(options, first + index), **request)
-            for index in range(n)
-        )
-        codes = [self._codes(span) for span in spans]
-        return spans, await asyncio.to_thread(self.processor.decode_codes, codes)
-
-    def _settings(self, options: ImageOptions, seed: int) -> DrawSettings:
-        return DrawSettings(
-            temperature=options.temperature,
-            top_k=options.top_k,
-            guidance=self._guidance(options),
-            budget=options.budget,
-            seed=seed,
-        )
-
-    def _guidance(self, options: ImageOptions) -> float:
-        if options.guidance_scale is not None:
-            return options.guidance_scale
-        return 1.0 if self.segments.guidance_problem else GUIDANCE
-
-    def _codes(self, span: list[int]) -> list[Any]:
-        return self.vocabulary.to_codes(span[1:-1])
-
-    def _image_parts(
-        self, spans: list[list[int]], images: list[Image.Image]
-    ) -> list[dict[str, Any]]:
-        return [
-            image_part(image, self._codes(span)) for span, image in zip(spans, images, strict=True)
-        ]
-
-    @property
-    def _image_size(self) -> int:
-        return int(self.processor.vq_model.config.image_size)  # type: ignore[union-attr]
-
-    async def _model(self, name: str | None) -> tuple[JSONResponse | None, Any, str]:
-        """Return a refusal or None, the LoRA adapter that the name asks for, and the name."""
-        serving = self.state.openai_serving_chat
-        request = ChatCompletionRequest.model_validate(
-            {"model": name, "messages": [{"role": "user", "content": ""}]}
-        )
-        refused = await check_model_name(serving, request)
-        if refused is not None:
-            return JSONResponse(refused.model_dump(), refused.error.code), None, ""
-        lora_request = lora_of(serving, request)
-        return None, lora_request, serving.models.model_name(lora_request)
+    async def _refused_model(self, request: ChatCompletionRequest) -> JSONResponse | None:
+        """Return vLLM's answer to a model name that it does not serve, or None."""
+        refused = await check_model_name(self.state.openai_serving_chat, request)
+        return refused and JSONResponse(refused.model_dump(), refused.error.code)
 
 
 @with_cancellation
 @load_aware_call
-async def _draw_until_disconnect(
-    endpoints: UnimodalEndpoints, raw_request: Request, body: dict[str, Any]
+async def _until_disconnect(
+    respond: Callable[[], Awaitable[Response]], raw_request: Request
 ) -> Response:
-    return await endpoints._chat_image(body, raw_request)
+    """Run a request of ours as vLLM runs its own: given up when its client leaves."""
+    return await respond()
 
 
-async def _events(
-    answer: ChatAnswer,
-    draw: Callable[[], Awaitable[tuple[list[dict[str, Any]], list[list[int]]]]],
-) -> AsyncIterator[str]:
-    """The server-sent events of a streamed image: one chunk with the role, one with each image."""
-
-    def event(value: dict[str, Any]) -> str:
-        return f"data: {json.dumps(value)}\n\n"
-
-    yield event(answer.chunk(0, {"role": "assistant", "content": ""}))
-    try:
-        parts, _spans = await draw()
-    except UnimodalError as error:
-        yield event(error_body(str(error), 503, "ServiceUnavailableError"))
-    else:
-        for index, part in enumerate(parts):
-            yield event(answer.chunk(index, {"images": [{**part, "index": 0}]}))
-            yield event(answer.chunk(index, {}, "stop"))
-    yield "data: [DONE]\n\n"
+def _object(body: Body, name: str) -> dict[str, Any]:
+    value = body.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise ConfigurationError(f"{name} is {value!r:.80}, expected an object")
+    return value or {}
 
 
 def _text_of(content: list[dict[str, Any]]) -> str:

@@ -51,6 +51,7 @@ LONGEST_STEP_SECONDS = 0.2
 
 
 T = TypeVar("T")
+
 OnIds = Callable[[list[int]], None]
 """Takes all ids that there are so far, each time there are more."""
 

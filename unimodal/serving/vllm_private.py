@@ -16,16 +16,34 @@ from vllm.entrypoints.openai.chat_completion.api_router import (
     create_chat_completion as stock_chat_completion,
 )
 
-# The request model that the function takes; not exported from a public package.
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+# The request model that the function takes, and the answers, which our OpenAPI document extends;
+# not exported from a public package.
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+    ChatCompletionResponseChoice,
+    ChatMessage,
+)
+
+# The error and the model list that vLLM's handlers return.
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, ModelList
 
 # A plugin's routes get none of what vLLM's own routes are wrapped in: cancelling on disconnect
 # (without it an abandoned drawing goes on to its end), load counting, and the content-type check.
 from vllm.entrypoints.serve.utils.api_utils import (
+    get_max_tokens,
     load_aware_call,
     validate_json_request,
     with_cancellation,
 )
+
+# What the stock chat route puts around its answers: load headers, and comments that keep a silent
+# stream open. A reply with images goes past that route, straight to the handler.
+from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
+from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
+
+# Streams of several choices become one. asyncio has no such function.
+from vllm.utils.async_utils import merge_async_iterators
 
 # Both logits-processor interfaces. Documented, but the two paths are not: which of them an engine
 # loads depends on its model runner, and each refuses the other's subclass (see logits.py).
@@ -42,20 +60,30 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 __all__ = [
     "BatchUpdate",
     "ChatCompletionRequest",
+    "ChatCompletionResponse",
+    "ChatCompletionResponseChoice",
+    "ChatMessage",
+    "ErrorResponse",
     "LogitsContext",
     "LogitsProcRequestState",
     "LogitsProcessorV1",
     "LogitsProcessorV2",
+    "ModelCard",
+    "ModelList",
     "MoveDirectionality",
     "api_process_count",
     "check_model_name",
     "cpu_head_sizes",
     "load_aware_call",
     "lora_of",
+    "merge_async_iterators",
+    "metrics_headers",
+    "most_reply_tokens",
     "run_command_line",
     "stock_chat_completion",
     "validate_json_request",
     "with_cancellation",
+    "with_keep_alive",
     "with_prompt_token_ids",
 ]
 
@@ -91,6 +119,34 @@ def api_process_count(config: Any) -> int:
     vLLM tells each of them in a private field only.
     """
     return int(getattr(config.parallel_config, "_api_process_count", 1) or 1)
+
+
+def most_reply_tokens(serving_chat: Any, request: Any, num_prompt_tokens: int) -> int:
+    """Return how many tokens the chat handler would let a reply to ``request`` have.
+
+    Its limits (context, request, server, generation config) are worked out inside the handler only.
+    """
+    limit = request.max_completion_tokens
+    return int(
+        get_max_tokens(
+            serving_chat.model_config.max_model_len,
+            request.max_tokens if limit is None else limit,
+            num_prompt_tokens,
+            serving_chat.default_sampling_params,
+            serving_chat.override_max_tokens,
+        )
+    )
+
+
+def metrics_headers(raw_request: Any) -> Any:
+    """Return the load headers of an answer, where the request asks for them (ORCA)."""
+    return metrics_header(raw_request.headers.get("endpoint-load-metrics-format", ""))
+
+
+def with_keep_alive(events: Any, raw_request: Any) -> Any:
+    """Return events with comments in silent times, as ``--sse-keep-alive-interval`` says."""
+    arguments = getattr(raw_request.app.state, "args", None)
+    return with_sse_keep_alive(events, float(getattr(arguments, "sse_keep_alive_interval", 0)))
 
 
 def cpu_head_sizes() -> list[int]:

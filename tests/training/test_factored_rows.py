@@ -1,0 +1,83 @@
+"""Rows that share their factors' rows: the function, and what learns.
+
+That a run resumes exactly is in test_language_model.py.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.toy import save_llm, tiny_image_tokenizer
+from training.adapters import add_adapter, is_adapter_row
+from training.factored_rows import FACTOR_ROWS, fold_shared_rows, share_rows
+from training.language_model import load_model
+from training.recipes import LanguageModelRecipe, LoraRecipe, build_recipe
+from unimodal.merge import merge
+from unimodal.processing_unimodal import UnimodalProcessor
+
+LEVELS = [4, 3]
+FACTORS = np.array([[code % 4, 4 + code // 4] for code in range(12)])
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def parts(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    save_llm(folder / "llm", tied=request.param == "tied")
+    tiny_image_tokenizer(quantizer_type="fsq", fsq_levels=LEVELS).save_pretrained(folder / "it")
+    merge(folder / "llm", folder / "it", folder / "merged")
+    return folder
+
+
+def recipe_of(parts: Path, **settings: Any) -> LanguageModelRecipe:
+    content = {"model": str(parts / "merged"), "output_dir": str(parts / "run"), **settings}
+    return build_recipe(LanguageModelRecipe, {"dtype": "float32", "attention": "eager", **content})
+
+
+def adapted(parts: Path, seen: np.ndarray) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    vocabulary = UnimodalProcessor.from_pretrained(parts / "merged").vocabulary
+    model = load_model(parts / "merged", recipe_of(parts))
+    model = add_adapter(model, vocabulary, LoraRecipe(rank=2))
+    share_rows(model, FACTORS, seen)
+    return model, vocabulary
+
+
+def test_a_code_gets_its_own_row_and_the_sum_of_its_factors(parts: Path) -> None:
+    model, vocabulary = adapted(parts, np.ones(12, bool))
+    ids = torch.arange(vocabulary.vocab_size)[None]
+    before = model(input_ids=ids).logits
+    names = [name for name, p in model.named_parameters() if is_adapter_row(name)]
+    shared = [p for name, p in model.named_parameters() if name.endswith(FACTOR_ROWS)]
+    assert len(shared) == len(names) / 2 and all(p.shape == (7, 32) for p in shared)
+    for one in shared:
+        torch.nn.init.normal_(one)
+    changed = model(input_ids=ids).logits
+    assert not torch.allclose(before, changed)
+    embedding = model.get_input_embeddings().weight
+    base = model.get_input_embeddings().original_module.weight
+    codes = slice(vocabulary.offsets[0], vocabulary.offsets[0] + 12)
+    expected = base[codes] + shared[0][FACTORS[:, 0]] + shared[0][FACTORS[:, 1]]
+    torch.testing.assert_close(embedding[codes], expected)
+    start = vocabulary.start_token_id
+    assert torch.equal(embedding[start : start + 2], base[start : start + 2])
+
+    fold_shared_rows(model)
+    assert not any(one.any() for one in shared)
+    torch.testing.assert_close(model(input_ids=ids).logits, changed)
+
+
+def test_unseen_codes_learn_through_their_factors_only(parts: Path) -> None:
+    seen = np.ones(12, bool)
+    seen[5] = False
+    model, vocabulary = adapted(parts, seen)
+    ids = torch.tensor(vocabulary.new_token_ids)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        if "trainable_tokens_delta" in name:
+            assert not parameter.grad[2 + 5].any()
+            assert parameter.grad[2 + 4].any() and parameter.grad[:2].any()
+        elif name.endswith(FACTOR_ROWS):
+            assert parameter.grad.any(1).all()
