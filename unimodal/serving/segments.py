@@ -242,6 +242,8 @@ class ImageSegments:
         grammar = ImageSpanGrammar(self.vocabulary, max_codes=settings.budget, mode="image")
         if settings.guidance != 1 and self.guidance_problem:
             raise ConfigurationError(self.guidance_problem)
+        if not prompt or (settings.guidance != 1 and negative is not None and not negative):
+            raise MessageError("a prompt of an image has no ids, expected at least one")
         longest = max(len(prompt), len(negative or ()))
         if longest + grammar.max_span_ids > self.max_model_len:
             raise MessageError(
