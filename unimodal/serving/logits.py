@@ -277,19 +277,16 @@ class ImageLogitsProcessor(LogitsProcessorV2, LogitsProcessorV1):
         if len(rows) < logits.shape[0]:
             drawing = {row[0] for row in rows}
             text = [index for index in range(logits.shape[0]) if index not in drawing]
-            self._mask_text(logits, text, ctx)
+            self._keep_text(logits, text, ctx)
         for indices, token_ids in drawn:
             logits[torch.tensor(indices, device=logits.device), token_ids] = CERTAIN
         return logits
 
-    def _mask_text(self, logits: Tensor, text: list[int], ctx: "LogitsContext | None") -> None:
-        """Leave the text ids, and ``<|image_start|>`` where a row may still begin an image."""
+    def _keep_text(self, logits: Tensor, text: list[int], ctx: "LogitsContext | None") -> None:
+        """Leave the rows ``text`` their text ids, and ``<|image_start|>`` where it is open."""
         openings = self._openings_v1() if ctx is None else self._openings_v2(ctx)
-        if not openings:
-            _keep_only(logits, text, self._text)
-            return
-        _keep_only(logits, text, self._text_or_start)
-        if closed := [index for index in text if index not in openings]:
+        _keep_only(logits, text, self._text_or_start if openings else self._text)
+        if openings and (closed := [index for index in text if index not in openings]):
             logits[closed, self.vocabulary.start_token_id] = float("-inf")
 
     def _draw(

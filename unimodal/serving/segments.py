@@ -19,7 +19,6 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, TypeVar
 
 from vllm import SamplingParams
@@ -32,6 +31,7 @@ from tokenizer_hf.errors import ConfigurationError, MessageError, ServingError
 from tokenizer_hf.vocabulary import ImageVocabulary
 from unimodal.generation.grammar import ImageSpanGrammar
 from unimodal.serving.logits import CONDITIONAL, UNCONDITIONAL, Segment
+from unimodal.serving.vllm_private import api_process_count
 
 MAX_IDLE_RESTARTS = 20
 """Restarts of a pair in a row that bring no new code, before the request is given up."""
@@ -51,6 +51,7 @@ LONGEST_STEP_SECONDS = 0.2
 
 
 T = TypeVar("T")
+
 OnIds = Callable[[list[int]], None]
 """Takes all ids that there are so far, each time there are more."""
 
@@ -79,24 +80,30 @@ class _Seats:
     def __init__(self, pairs: int, tokens: float) -> None:
         self.pairs = pairs
         self.tokens = tokens
+        self.load = 0
+        """Pairs that run or wait for a seat."""
         self._turn = asyncio.Lock()
         self._freed = asyncio.Event()
 
     @asynccontextmanager
     async def taken(self, tokens: int) -> AsyncIterator[None]:
         """Keep the room of one pair while the block runs; first come, first served."""
-        async with self._turn:
-            while self.pairs < 1 or self.tokens < tokens:
-                self._freed.clear()
-                await self._freed.wait()
-            self.pairs -= 1
-            self.tokens -= tokens
+        self.load += 1
         try:
-            yield
+            async with self._turn:
+                while self.pairs < 1 or self.tokens < tokens:
+                    self._freed.clear()
+                    await self._freed.wait()
+                self.pairs -= 1
+                self.tokens -= tokens
+            try:
+                yield
+            finally:
+                self.pairs += 1
+                self.tokens += tokens
+                self._freed.set()
         finally:
-            self.pairs += 1
-            self.tokens += tokens
-            self._freed.set()
+            self.load -= 1
 
 
 class _Steps:
@@ -128,6 +135,26 @@ class _Steps:
         """Wait for the next step to begin, or for so long that there seems to be none."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._next.wait(), LONGEST_STEP_SECONDS)
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """One engine (there is one per data-parallel rank), as far as our own requests tell."""
+
+    seats: _Seats
+    steps: _Steps
+    door: asyncio.Lock
+    """Held by the pair that is being let in."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the requests of one drawing have in common."""
+
+    engine: _Engine
+    options: dict[str, Any]
+    """For ``EngineClient.generate``."""
+    report: OnIds | None
 
 
 class _Meeting:
@@ -190,12 +217,16 @@ class ImageSegments:
         """Guided drawings begun since the server started."""
         self.restarts = 0
         """Times that a pair fell out of step, since the server started."""
+        # Each process of vLLM's front end has its own count, so each takes its share.
+        share = api_process_count(config)
         self._engines = [
-            _Seats(max(1, max_num_seqs(config) // 2), self.cache_tokens)
+            _Engine(
+                _Seats(max(1, max_num_seqs(config) // 2 // share), self.cache_tokens / share),
+                _Steps(),
+                asyncio.Lock(),
+            )
             for _ in range(config.parallel_config.data_parallel_size)
         ]
-        self._steps = _Steps()
-        self._door = asyncio.Lock()
 
     def check(
         self, prompt: Sequence[int], negative: Sequence[int] | None, settings: DrawSettings
@@ -211,6 +242,8 @@ class ImageSegments:
         grammar = ImageSpanGrammar(self.vocabulary, max_codes=settings.budget, mode="image")
         if settings.guidance != 1 and self.guidance_problem:
             raise ConfigurationError(self.guidance_problem)
+        if not prompt or (settings.guidance != 1 and negative is not None and not negative):
+            raise MessageError("a prompt of an image has no ids, expected at least one")
         longest = max(len(prompt), len(negative or ()))
         if longest + grammar.max_span_ids > self.max_model_len:
             raise MessageError(
@@ -274,19 +307,19 @@ class ImageSegments:
             guidance=settings.guidance,
         )
         options = {"lora_request": lora_request, "priority": priority}
+        rank = min(range(len(self._engines)), key=lambda rank: self._engines[rank].seats.load)
+        if len(self._engines) > 1 and settings.guidance != 1:
+            options["data_parallel_rank"] = rank
+        call = _Call(self._engines[rank], options, on_codes and self._reporter(on_codes))
         most = grammar.max_span_ids - 2
-        report = on_codes and self._reporter(on_codes)
         if settings.guidance == 1:
-            written = await self._draw_alone([*prompt, start], segment, most, options, report)
+            written = await self._draw_alone([*prompt, start], segment, most, call)
         else:
-            rank = max(range(len(self._engines)), key=lambda rank: self._engines[rank].pairs)
-            if len(self._engines) > 1:
-                options["data_parallel_rank"] = rank
-            longest = max(len(prompt), len(negative))
-            async with self._engines[rank].taken(self._pair_tokens(longest, grammar)):
+            tokens = self._pair_tokens(max(len(prompt), len(negative)), grammar)
+            async with call.engine.seats.taken(tokens):
                 self.pairs += 1
                 prompts = ([*prompt, start], [*negative, start])
-                written = await self._draw_pair(prompts, segment, most, options, report)
+                written = await self._draw_pair(prompts, segment, most, call)
         span = [start, *written, *([] if written[-1:] == [end] else [end])]
         problem = grammar.check_span(span)
         if problem:
@@ -311,21 +344,20 @@ class ImageSegments:
         prompt: list[int],
         segment: Segment,
         max_tokens: int,
-        options: dict[str, Any],
-        report: OnIds | None,
+        call: _Call,
     ) -> list[int]:
         """Run one request to its end and return what it wrote."""
         written: list[int] = []
 
         def take(ids: Sequence[int]) -> None:
             written.extend(ids)
-            if report:
-                report(list(written))
+            if call.report:
+                call.report(list(written))
 
         # Every output costs the API process time, so none on the way where nobody looks.
-        kind = RequestOutputKind.DELTA if report else RequestOutputKind.FINAL_ONLY
+        kind = RequestOutputKind.DELTA if call.report else RequestOutputKind.FINAL_ONLY
         params = self._params(max_tokens, segment, kind)
-        await self._run(tokens_input(prompt), params, options, take)
+        await self._run(tokens_input(prompt), params, call, take)
         return written
 
     async def _draw_pair(
@@ -333,8 +365,7 @@ class ImageSegments:
         prompts: tuple[list[int], list[int]],
         segment: Segment,
         max_tokens: int,
-        options: dict[str, Any],
-        report: OnIds | None,
+        call: _Call,
     ) -> list[int]:
         """Run a pair, resumed behind the last common id as often as it falls out of step."""
         common: list[int] = []
@@ -344,8 +375,7 @@ class ImageSegments:
                 ([*prompts[0], *common], [*prompts[1], *common]),
                 replace(segment, done=len(common), pair=uuid.uuid4().hex),
                 max_tokens - len(common),
-                options,
-                report and partial(_report_behind, report, list(common)),
+                replace(call, report=_behind(common, call.report)),
             )
             common += fresh
             if len(common) == max_tokens or common[-1:] == [self.vocabulary.end_token_id]:
@@ -364,19 +394,18 @@ class ImageSegments:
         prompts: tuple[list[int], list[int]],
         segment: Segment,
         max_tokens: int,
-        options: dict[str, Any],
-        report: OnIds | None,
+        call: _Call,
     ) -> list[int]:
         """Run both requests until they are done or out of step; return the ids of both."""
         meeting = _Meeting()
         written: tuple[list[int], list[int]] = ([], [])
 
         def grown() -> None:
-            if report:
-                report(self._agreed(*written))
+            if call.report:
+                call.report(self._agreed(*written))
 
         halves = [
-            self._run_half(prompt, half, max_tokens, options, meeting, ids, grown)
+            self._run_half(prompt, half, max_tokens, call, meeting, ids, grown)
             for prompt, half, ids in zip(
                 prompts,
                 (replace(segment, role=CONDITIONAL), replace(segment, role=UNCONDITIONAL)),
@@ -386,9 +415,9 @@ class ImageSegments:
         ]
         try:
             with suppress(_OutOfStep):
-                await together([*halves, self._let_in(meeting, prompts[0][:1], options)])
+                await together([*halves, self._let_in(meeting, prompts[0][:1], call)])
         finally:
-            self._steps.running -= meeting.opened.is_set()
+            call.engine.steps.running -= meeting.opened.is_set()
         return self._agreed(*written)
 
     async def _run_half(
@@ -396,7 +425,7 @@ class ImageSegments:
         prompt: list[int],
         segment: Segment,
         max_tokens: int,
-        options: dict[str, Any],
+        call: _Call,
         meeting: _Meeting,
         written: list[int],
         grown: Callable[[], None],
@@ -427,33 +456,32 @@ class ImageSegments:
                 raise _OutOfStep
             grown()
 
-        await self._run(parts(), hold, options, take)
+        await self._run(parts(), hold, call, take)
 
-    async def _let_in(self, meeting: _Meeting, prompt: list[int], options: dict[str, Any]) -> None:
+    async def _let_in(self, meeting: _Meeting, prompt: list[int], call: _Call) -> None:
         """Send the last ids of both requests of a pair so that the next step takes in both."""
         await meeting.both_wait()
-        async with self._early_in_a_step(prompt, options):
-            self._steps.running += 1
+        async with self._early_in_a_step(prompt, call):
+            call.engine.steps.running += 1
             await meeting.open()
 
     @asynccontextmanager
-    async def _early_in_a_step(
-        self, prompt: list[int], options: dict[str, Any]
-    ) -> AsyncIterator[None]:
+    async def _early_in_a_step(self, prompt: list[int], call: _Call) -> AsyncIterator[None]:
         """Run the block, one at a time, while most of a step of the engine is still to come.
 
         A busy engine takes in what has arrived when its step is over. An idle one would start on
         the first of two requests alone, so a short companion request keeps it busy meanwhile.
         """
-        async with self._door:
+        steps = call.engine.steps
+        async with call.engine.door:
             companion = None
-            if not self._steps.running:
+            if not steps.running:
                 params = self._params(COMPANION_TOKENS)
-                run = self._run(tokens_input(prompt), params, options, lambda _ids: None)
+                run = self._run(tokens_input(prompt), params, call, lambda _ids: None)
                 companion = asyncio.ensure_future(run)
             try:
-                if companion or not self._steps.early:
-                    await self._steps.next()
+                if companion or not steps.early:
+                    await steps.next()
                 yield
             finally:
                 if companion:
@@ -482,7 +510,7 @@ class ImageSegments:
         self,
         prompt: Any,
         params: SamplingParams,
-        options: dict[str, Any],
+        call: _Call,
         take: Callable[[Sequence[int]], None],
     ) -> None:
         """Run one request to its end and hand over what it writes, piece by piece.
@@ -494,10 +522,10 @@ class ImageSegments:
         try:
             # tokens_input, unlike a plain dictionary, takes no detour over the tokenizer threads.
             async with aclosing(
-                self.engine.generate(prompt, params, request_id, **options)
+                self.engine.generate(prompt, params, request_id, **call.options)
             ) as outputs:
                 async for output in outputs:
-                    self._steps.tick()
+                    call.engine.steps.tick()
                     [piece] = output.outputs
                     if piece.finish_reason in ("abort", "error"):
                         raise ServingError(
@@ -521,8 +549,12 @@ class ImageSegments:
         return agreed
 
 
-def _report_behind(report: OnIds, before: list[int], ids: list[int]) -> None:
-    report([*before, *ids])
+def _behind(before: Sequence[int], report: OnIds | None) -> OnIds | None:
+    """Return what reports the ids that are behind ``before`` together with it."""
+    if report is None:
+        return None
+    first = list(before)
+    return lambda ids: report([*first, *ids])
 
 
 async def together(requests: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -547,7 +579,8 @@ def max_num_seqs(config: Any) -> int:
 
 def cache_tokens(config: Any) -> float:
     """Return how many tokens the cache of one engine holds; infinity where vLLM does not say."""
-    return getattr(config.cache_config, "kv_cache_size_tokens", None) or math.inf
+    tokens = getattr(config.cache_config, "kv_cache_size_tokens", None) or math.inf
+    return tokens - config.cache_config.block_size  # vLLM keeps one block for itself
 
 
 def guidance_problem(config: Any) -> str | None:

@@ -71,6 +71,7 @@ __all__ = [
     "ModelCard",
     "ModelList",
     "MoveDirectionality",
+    "api_process_count",
     "check_model_name",
     "cpu_head_sizes",
     "load_aware_call",
@@ -110,6 +111,14 @@ async def check_model_name(serving_chat: Any, request: Any) -> Any | None:
 def lora_of(serving_chat: Any, request: Any) -> Any | None:
     """Return the LoRA adapter that ``request.model`` names, if it names one. No public twin."""
     return serving_chat._maybe_get_adapters(request)
+
+
+def api_process_count(config: Any) -> int:
+    """Return how many front-end processes share the engines (``--api-server-count``).
+
+    vLLM tells each of them in a private field only.
+    """
+    return int(getattr(config.parallel_config, "_api_process_count", 1) or 1)
 
 
 def most_reply_tokens(serving_chat: Any, request: Any, num_prompt_tokens: int) -> int:
