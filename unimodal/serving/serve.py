@@ -18,12 +18,14 @@ CPU_CACHE_GIB = 1
 """Room for keys and values on a CPU; vLLM's own default is 4 GiB or a share of all memory."""
 
 
-def serve(folder: str | Path, vllm_args: Sequence[str] = ()) -> None:
+def serve(folder: str | Path, vllm_args: Sequence[str] = (), *, plugin: bool = True) -> None:
     """Serve a merged model until it is interrupted. Does not return before that.
 
     Args:
         folder: what ``unimodal merge`` wrote, or a hub id of such a folder.
         vllm_args: any flags of ``vllm serve``; they win over our defaults.
+        plugin: False leaves out our endpoints and our logits processor: the plain vLLM that a bench
+            compares with, everything else the same.
 
     Raises:
         ServingError: vLLM is not installed.
@@ -41,6 +43,11 @@ def serve(folder: str | Path, vllm_args: Sequence[str] = ()) -> None:
     arguments, environment = prepare(
         folder, vllm_args, on_cpu=on_cpu, config=config, environ=os.environ
     )
+    if not plugin:
+        arguments.remove(LOGITS_PROCESSOR)
+        if arguments[-1] == "--logits-processors":
+            arguments.pop()
+        environment.pop("VLLM_PLUGINS", None)
     os.environ.update(environment)
     run_command_line(arguments)
 
