@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import itertools
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -101,7 +102,7 @@ def test_many_calls_give_what_each_gives_alone(processor: UnimodalProcessor) -> 
         for row, image in zip(rows, images, strict=True):
             assert same(image, processor.decode_codes([row])[0])
     flat = [image for images in decoded for image in images]
-    assert not any(same(one, other) for one, other in zip(flat, flat[1:], strict=False))
+    assert not any(same(one, other) for one, other in itertools.pairwise(flat))
 
 
 def test_calls_that_come_while_it_is_busy_are_one_batch(

@@ -215,10 +215,8 @@ class _Bench:
                     options = {"previews": PREVIEWS}
                 drawn = "drawings" if kind == "previews" else kind
                 warm = self.asks(drawn, concurrency, seed=1, **options)
-                began = time.monotonic()
-                self.fire(warm, concurrency)
-                rounds = int(self.settings.seconds / (time.monotonic() - began))
-                number = concurrency * min(max(rounds, 2), 100)
+                warmed = summary(self.fire(warm, concurrency))["seconds"]
+                number = concurrency * min(max(int(self.settings.seconds / warmed), 2), 100)
                 asks = self.asks(drawn, number, **options)
                 before = self._tokenizer_seconds()
                 ours = summary(self.fire(asks, concurrency))
@@ -235,7 +233,7 @@ class _Bench:
                     theirs["image_tokenizer_share"] = (
                         naive.image_tokenizer_seconds / theirs["seconds"]
                     )
-                    theirs["memory_bytes"] = memory_bytes(os.getpid())
+                    theirs["memory_bytes"] = memory_bytes(os.getpid()) - ours["memory_bytes"]
                     cells.append({**cell, "system": "transformers", **theirs})
                 self.say(f"  {kind} × {concurrency}: {_told(cells, kind, concurrency)}")
         return cells
