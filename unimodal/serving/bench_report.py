@@ -75,23 +75,21 @@ def targets(result: Mapping[str, Any]) -> list[Target]:
 
 
 def _arrival_targets(runs: Sequence[Mapping[str, Any]]) -> list[Target]:
-    """The highest rate is the one that no system keeps up with."""
+    """At the highest rate, which no system keeps up with."""
     highest = max(run["rate"] for run in runs)
     by_system = {run["system"]: run for run in runs if run["rate"] == highest}
-    ours = by_system["vllm"]
+    ours, fifo = by_system["vllm"], by_system["transformers_fifo"]
     found = []
-    for system, run in by_system.items():
-        if run is ours:
-            continue
-        note = f"{highest:.1f} requests/s, {100 * ours['errors'] / ours['requests']:.0f} % failed"
-        bad = bool(ours["errors"])
-        for name, figure, bound, at_least in (
-            ("images/s", "images_per_second", 2.0, True),
-            ("p95", "p95_seconds", 1.0, False),
-        ):
-            value = None if bad or not run[figure] else ours[figure] / run[figure]
-            title = f"Poisson arrivals: {name} by that of {NAMES[system]}"
-            found.append(Target(title, value, bound, at_least, "×", note))
+    for name, figure, bound, at_least in (
+        ("images/s", "images_per_second", 2.0, True),
+        ("p95", "p95_seconds", 1.0, False),
+    ):
+        note = f"{highest:.1f} requests/s, {ours['errors']} of {ours['requests']} failed; "
+        note += f"{ours[figure] / by_system['transformers_fifo_by_kind'][figure]:.2f} × that of "
+        note += "a FIFO that looks down the queue for requests of the first one's kind"
+        value = None if ours["errors"] else ours[figure] / fifo[figure]
+        title = f"Poisson arrivals: {name} by that of transformers' FIFO batching"
+        found.append(Target(title, value, bound, at_least, "×", note))
     return found
 
 
@@ -235,14 +233,16 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(13, 9), layout="constrained")
+    figure = pyplot.figure(figsize=(16, 10), layout="constrained")
+    upper, lower = figure.subfigures(2, 1)
+    rates, latencies, arrivals = upper.subplots(1, 3)
     cells = result.get("cells", ())
-    _plot_cells(axes[0][0], cells, "images_per_second", ("drawings", "guided", "mixed"))
-    axes[0][0].set_title("Images a second, by requests at once")
-    _plot_cells(axes[0][1], cells, "p95_seconds", ("captions", "drawings", "guided", "mixed"))
-    axes[0][1].set_title("95 % of the answers are there after … seconds")
-    _plot_arrivals(axes[1][0], result.get("arrivals", {}).get("runs", ()))
-    _plot_targets(axes[1][1], targets(result))
+    _plot_cells(rates, cells, "images_per_second", ("drawings", "guided", "mixed"))
+    rates.set_title("Images a second")
+    _plot_cells(latencies, cells, "p95_seconds", ("captions", "drawings", "guided", "mixed"))
+    latencies.set_title("Seconds until an answer, p95")
+    _plot_arrivals(arrivals, result.get("arrivals", {}).get("runs", ()))
+    _plot_targets(lower.subplots(), targets(result))
     model = result["model"]
     title = (
         f"unimodal bench serve: {model['folder']}{', random weights' if model['random'] else ''}"
@@ -266,6 +266,8 @@ def _plot_cells(axis: Any, cells: Sequence[Mapping[str, Any]], what: str, kinds:
                     color=colours[kind],
                     label=f"{kind}, {NAMES[system]}",
                 )
+    from matplotlib.ticker import FormatStrFormatter, LogLocator
+
     if not cells:
         axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
         return
@@ -273,12 +275,14 @@ def _plot_cells(axis: Any, cells: Sequence[Mapping[str, Any]], what: str, kinds:
     axis.set(xscale="log", yscale="log", xlabel="requests at once")
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
 
 
 def _plot_arrivals(axis: Any, runs: Sequence[Mapping[str, Any]]) -> None:
-    axis.set_title("Poisson arrivals of mixed requests: images a second (p95 beside)")
+    axis.set_title("Mixed, Poisson arrivals: images a second; p95")
     for system, style in (
         ("vllm", "-o"),
         ("transformers_fifo", "--x"),
@@ -314,7 +318,9 @@ def _plot_targets(axis: Any, found: Sequence[Target]) -> None:
         axis.text(max(share, 0) + 0.02, row, label, va="center", fontsize=8)
     axis.axvline(1, color="black", linewidth=1)
     axis.set_yticks(range(len(shown)), [target.name for target in reversed(shown)], fontsize=8)
-    axis.set_xlim(right=max([1.0, *((t.value or 0) / t.bound for t in shown)]) * 1.5)
+    axis.set_xlabel("measured, by its bound; green is within it")
+    shares = [0.0, 1.0, *((target.value or 0) / target.bound for target in shown)]
+    axis.set_xlim(1.2 * min(shares), 1.3 * max(shares))
 
 
 def targets_json(result: Mapping[str, Any]) -> list[dict[str, Any]]:
