@@ -204,7 +204,8 @@ def test_messages_are_filled_with_codes(processor: UnimodalProcessor) -> None:
     async def use(codec: ImageCodec) -> Any:
         filled = await codec.encode_messages(messages)
         with pytest.raises(MessageError):
-            await codec.encode_messages([{"role": "user", "content": 3}])
+            await codec.encode_messages([{"role": "user", "content": [{"type": "video"}]}])
+        assert await codec.encode_messages(messages[:1]) == messages[:1]
         return filled
 
     filled = run(processor, use)

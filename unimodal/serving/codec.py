@@ -76,11 +76,13 @@ class ImageCodec:
         return await self._encode(fitted)
 
     async def encode_messages(self, messages: Sequence[Message]) -> list[Message]:
-        """Copy a conversation, its pictures as codes; see :func:`unimodal.messages.with_codes`.
+        """Return a conversation with its pictures as codes, for ``UnimodalProcessor.render``.
 
         Raises:
-            MessageError, ImageError: messages or pictures that cannot be read.
+            MessageError, ImageError: pictures that cannot be read.
         """
+        if not _has_pictures(messages):
+            return list(messages)
         sources: list[Any] = []
 
         def collect(found: list[Any]) -> list[Any]:
@@ -91,7 +93,7 @@ class ImageCodec:
         codes = await self.encode(sources)
         found = {id(source): code for source, code in zip(sources, codes, strict=True)}
         for message in filled:
-            if isinstance(message["content"], list):
+            if not isinstance(message["content"], str):
                 for part in message["content"]:
                     if id(part.get("codes")) in found:
                         part["codes"] = found[id(part["codes"])]
@@ -111,6 +113,16 @@ class ImageCodec:
     def close(self) -> None:
         """End the thread once its batch is done."""
         self._worker.shutdown(wait=False, cancel_futures=True)
+
+
+def _has_pictures(messages: Sequence[Message]) -> bool:
+    """Whether there is anything to encode; messages of no known shape are for others to refuse."""
+    return any(
+        isinstance(part, dict) and part.get("type") != "text" and part.get("codes") is None
+        for message in messages
+        if isinstance(message, dict) and isinstance(message.get("content"), list | tuple)
+        for part in message["content"]
+    )
 
 
 class _Batches:
