@@ -184,6 +184,19 @@ def test_a_cancelled_call_takes_nobody_along(
         assert same(images[0], processor.decode_codes([codes(processor, seed)])[0])
 
 
+def test_previews_are_decoded_too(processor: UnimodalProcessor) -> None:
+    async def use(codec: ImageCodec) -> Any:
+        few = [codes(processor, 5)[:count] for count in (1, 2, 3)]
+        shown = await asyncio.gather(*map(codec.decode_beginning, few))
+        assert codec.decode_seconds > 0
+        return zip(few, shown, strict=True)
+
+    for few, shown in run(processor, use):
+        alone = processor.decode_beginning(few)
+        assert (shown is None) == (alone is None)
+        assert shown is None or same(shown, alone)
+
+
 def test_messages_are_filled_with_codes(processor: UnimodalProcessor) -> None:
     shown = io.BytesIO()
     picture(2).save(shown, "PNG")

@@ -9,10 +9,12 @@ import json
 import math
 import os
 import platform
+import random
+import signal
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,8 @@ from unimodal.serving.traffic import (
 PARTS = ("cells", "guidance", "arrivals", "preview", "text_cost", "startup")
 PREVIEWS = 3
 PREVIEW_CODES = 64
+TEXT_TURNS, TEXT_BLOCK = 3, 12
+"""Turns of each round of ``text_cost``, and requests to each server in a turn."""
 RATES = (0.5, 1.0, 2.0)
 """Arrivals a second, as multiples of what the server can do with the same requests at once."""
 
@@ -227,9 +231,10 @@ class _Bench:
                 cell = {"kind": kind, "concurrency": concurrency}
                 cells.append({**cell, "system": "vllm", **ours})
                 if kind != "previews":
-                    naive.closed_loop(warm, concurrency)
-                    naive.image_tokenizer_seconds = 0.0
-                    theirs = summary(naive.closed_loop(asks, concurrency))
+                    with stopped(self.server):
+                        naive.closed_loop(warm, concurrency)
+                        naive.image_tokenizer_seconds = 0.0
+                        theirs = summary(naive.closed_loop(asks, concurrency))
                     theirs["image_tokenizer_share"] = (
                         naive.image_tokenizer_seconds / theirs["seconds"]
                     )
@@ -275,17 +280,13 @@ class _Bench:
             asks = self.asks("mixed", number, seed=4, **options)
             times = poisson_times(rate, number, self.settings.seed)
             offered = sum(ask.draws for ask in asks) / times[-1]
-            systems: dict[str, Callable[[], list[Hit]]] = {
-                "vllm": lambda asks=asks, times=times: self.fire(asks, times=times),
-                "transformers_fifo": lambda asks=asks, times=times: self.naive().open_loop(
-                    asks, times
-                ),
-                "transformers_fifo_by_kind": lambda asks=asks, times=times: self.naive(
-                    by_kind=True
-                ).open_loop(asks, times),
-            }
-            for system, serve in systems.items():
-                found = summary(serve())
+            hits = {"vllm": self.fire(asks, times=times)}
+            with stopped(self.server):
+                hits["transformers_fifo"] = self.naive().open_loop(asks, times)
+                by_kind = self.naive(by_kind=True)
+                hits["transformers_fifo_by_kind"] = by_kind.open_loop(asks, times)
+            for system, answers in hits.items():
+                found = summary(answers)
                 runs.append(
                     {
                         "system": system,
@@ -328,28 +329,34 @@ class _Bench:
         return result
 
     def _text_cost(self) -> dict[str, Any]:
-        """A text request to our server and to the same vLLM without our plugin, in turn."""
-        number = 30 * self.settings.rounds
-        result = {"requests": number, "tokens": CAPTION_TOKENS, "runs": []}
+        """Text requests to our server and to the same vLLM without our plugin, in turn.
+
+        The one that is not asked is stopped: for a second after its last step it would go on
+        looking for the next one, on the other's core.
+        """
+        runs: list[dict[str, Any]] = []
         ours = self.server
         with self.start(self.folder, plugin=False, name="plain") as plain:
             for modalities in (None, ["text"]):
-                shots = []
-                for index in range(number + 5):
-                    body = _text_body(index, modalities)
-                    pair = [
-                        Shot(url=f"{server.url}/v1/chat/completions", body=body)
-                        for server in (ours, plain)
-                    ]
-                    shots += pair[:: -1 if index % 2 else 1]
-                hits = fire(shots, 1, self.load_cores)[10:]
-                turns = [(index + 5) % 2 for index in range(number)]
-                pairs = [
-                    (hits[2 * index + turn], hits[2 * index + 1 - turn])
-                    for index, turn in enumerate(turns)
-                ]
-                result["runs"].append({"modalities": modalities, **paired(pairs)})
-        return result
+                pairs: list[tuple[Hit, Hit]] = []
+                for turn in range(TEXT_TURNS * self.settings.rounds):
+                    bodies = [_text_body(turn, index, modalities) for index in range(TEXT_BLOCK)]
+                    servers = [(ours, plain), (plain, ours)][turn % 2]
+                    blocks = {}
+                    for asked, other in (servers, servers[::-1]):
+                        with stopped(other):
+                            blocks[asked.pid] = fire(
+                                [
+                                    Shot(url=f"{asked.url}/v1/chat/completions", body=body)
+                                    for body in bodies
+                                ],
+                                1,
+                                self.load_cores,
+                            )
+                    # The first answers of a block wake the processes up.
+                    pairs += list(zip(blocks[ours.pid], blocks[plain.pid], strict=True))[2:]
+                runs.append({"modalities": modalities, **paired(pairs)})
+        return {"tokens": CAPTION_TOKENS, "runs": runs}
 
     def _startup(self) -> dict[str, Any]:
         """Seconds until the server is ready, with and without our plugin, in turn."""
@@ -448,6 +455,16 @@ def memory_bytes(pid: int) -> int:
     return total
 
 
+@contextmanager
+def stopped(server: Server) -> Iterator[None]:
+    """Let a server's processes stand still while the block runs."""
+    os.killpg(server.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.killpg(server.pid, signal.SIGCONT)
+
+
 def _quantile(ordered: Sequence[float], share: float) -> float:
     """The smallest value that at least this share of the values does not exceed."""
     if not ordered:
@@ -455,11 +472,10 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(len(ordered) * share) - 1)]
 
 
-def _text_body(index: int, modalities: list[str] | None) -> dict[str, Any]:
-    words = WORDS.split()
-    text = " ".join(words[(index * 7 + step * step) % len(words)] for step in range(12))
+def _text_body(turn: int, index: int, modalities: list[str] | None) -> dict[str, Any]:
+    words = random.Random(f"{turn} {index}").choices(WORDS.split(), k=12)
     body: dict[str, Any] = {
-        "messages": [{"role": "user", "content": f"{index} {text}"}],
+        "messages": [{"role": "user", "content": " ".join(words)}],
         "temperature": 0,
         "max_tokens": CAPTION_TOKENS,
         "ignore_eos": True,

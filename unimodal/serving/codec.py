@@ -44,6 +44,9 @@ class ImageCodec:
         )
         self._encode = _Batches(self._worker, lambda all: processor.encode_images(all).tolist())
         self._decode = _Batches(self._worker, processor.decode_codes)
+        self._preview = _Batches(
+            self._worker, lambda all: [processor.decode_beginning(codes) for codes in all]
+        )
 
     @property
     def encode_seconds(self) -> float:
@@ -52,8 +55,8 @@ class ImageCodec:
 
     @property
     def decode_seconds(self) -> float:
-        """Seconds that the thread has spent decoding."""
-        return self._decode.seconds
+        """Seconds that the thread has spent decoding, previews included."""
+        return self._decode.seconds + self._preview.seconds
 
     async def encode(self, sources: Sequence[Any]) -> list[Any]:
         """Encode pictures.
@@ -109,6 +112,11 @@ class ImageCodec:
             CodeError: a length or a code that the image tokenizer does not have.
         """
         return await self._decode(codes)
+
+    async def decode_beginning(self, codes: Sequence[Any]) -> Image.Image | None:
+        """Decode a preview; see :meth:`UnimodalProcessor.decode_beginning`."""
+        [image] = await self._preview([codes])
+        return image
 
     def close(self) -> None:
         """End the thread once its batch is done."""
