@@ -71,6 +71,8 @@ class Ask:
             body: dict[str, Any] = {
                 "prompt": self.prompt,
                 "guidance_scale": self.guidance,
+                "temperature": 1.0,  # and not what the model's own settings say
+                "top_k": 0,
                 "seed": self.seed,
             }
             if self.budget is not None:
