@@ -109,9 +109,10 @@ def bench_serve(
     settings = settings or BenchSettings()
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    is_random = folder is None
     if folder is None:
         folder = random_model(out / f"random{random_codes}", random_codes, WORDS)
-    bench = _Bench(Path(folder), out, settings, say, is_random=folder.parent == out)
+    bench = _Bench(Path(folder), out, settings, say, is_random=is_random)
     for part in PARTS:
         if part in settings.parts:
             say(f"{part} ...")
@@ -214,7 +215,7 @@ class _Bench:
         naive, cells = self.naive(), []
         for kind in (*KINDS, "previews"):
             for concurrency in self.settings.concurrency:
-                options = {"varied": kind == "mixed", "budgets": self._budgets()}
+                options: dict[str, Any] = {"varied": kind == "mixed", "budgets": self._budgets()}
                 if kind == "previews":
                     options = {"previews": PREVIEWS}
                 drawn = "drawings" if kind == "previews" else kind

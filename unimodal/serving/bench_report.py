@@ -234,7 +234,8 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure = pyplot.figure(figsize=(16, 10), layout="constrained")
-    upper, lower = figure.subfigures(2, 1)
+    halves: Any = figure.subfigures(2, 1)
+    upper, lower = halves
     rates, latencies, arrivals = upper.subplots(1, 3)
     cells = result.get("cells", ())
     _plot_cells(rates, cells, "images_per_second", ("drawings", "guided", "mixed"))

@@ -41,13 +41,8 @@ def serve(folder: str | Path, vllm_args: Sequence[str] = (), *, plugin: bool = T
     if on_cpu:
         check_head_size(config, cpu_head_sizes())
     arguments, environment = prepare(
-        folder, vllm_args, on_cpu=on_cpu, config=config, environ=os.environ
+        folder, vllm_args, on_cpu=on_cpu, config=config, environ=os.environ, plugin=plugin
     )
-    if not plugin:
-        arguments.remove(LOGITS_PROCESSOR)
-        if arguments[-1] == "--logits-processors":
-            arguments.pop()
-        environment.pop("VLLM_PLUGINS", None)
     os.environ.update(environment)
     run_command_line(arguments)
 
@@ -125,6 +120,7 @@ def prepare(
     on_cpu: bool,
     config: Mapping[str, Any],
     environ: Mapping[str, str],
+    plugin: bool = True,
 ) -> tuple[list[str], dict[str, str]]:
     """Work out vLLM's command line and the environment variables to set.
 
@@ -134,6 +130,7 @@ def prepare(
         on_cpu: vLLM will run on a CPU.
         config: the model's config.json.
         environ: the environment as it is.
+        plugin: False leaves out what is ours.
 
     Returns:
         Arguments (``serve FOLDER ...``), and the variables to add or replace.
@@ -142,7 +139,7 @@ def prepare(
     arguments = ["serve", str(folder), *given]
     environment = {}
     plugins = [name for name in environ.get("VLLM_PLUGINS", "").split(",") if name]
-    if PLUGIN_NAME not in plugins:
+    if plugin and PLUGIN_NAME not in plugins:
         environment["VLLM_PLUGINS"] = ",".join([*plugins, PLUGIN_NAME])
 
     def default(flag: str, *values: str, unless: Sequence[str] = ()) -> None:
@@ -161,7 +158,9 @@ def prepare(
     elif "VLLM_USE_V2_MODEL_RUNNER" not in environ:
         # Our logits processor has both interfaces, but the newer one has not run on a GPU yet.
         environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    arguments.extend(["--logits-processors", *processors, LOGITS_PROCESSOR])
+    processors += [LOGITS_PROCESSOR] if plugin else []
+    if processors:
+        arguments.extend(["--logits-processors", *processors])
     return arguments, environment
 
 
