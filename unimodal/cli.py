@@ -1097,6 +1097,72 @@ def bench_masking(
     print(text)
 
 
+@bench.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench_serve(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR", help="A merged model. Default: a random one.")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A folder for what is found.")] = Path(
+        "runs/bench"
+    ),
+    random_model: Annotated[
+        int,
+        typer.Option(metavar="CODES", help="Without --model: codes a picture, 16, 64 or 256."),
+    ] = 16,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A part: cells, guidance, arrivals, preview, text_cost, startup; may be given "
+            "several times. [all]"
+        ),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Of each cell, about.")] = 10,
+    concurrency: Annotated[
+        list[int] | None,
+        typer.Option(help="Requests at once; may be given several times. [1 4 16 64]"),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Turns of what is compared pairwise.")] = 5,
+    max_batch: Annotated[int, typer.Option(help="Most rows of a batch, on both sides.")] = 128,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Compute threads of vLLM and of transformers. [half of the cores]"),
+    ] = None,
+    guidance: Annotated[float, typer.Option(help="Of the guided drawings.")] = 3.0,
+    seed: Annotated[int, typer.Option(help="Of the requests and their arrivals.")] = 0,
+) -> None:
+    """Measure a server under load, and transformers' `generate` in the same run.
+
+    Starts `unimodal serve` itself and asks it from another process: captions, drawings, guided
+    drawings and all of them mixed, at each concurrency; mixed requests that arrive at random; text
+    requests in turn with the same vLLM without our plugin; starts with and without it. Writes
+    `serve.json`, `serve.md` and `serve.png`. Flags of `vllm serve` may follow. Run it on an idle
+    machine; docs/serving_performance.md says how to read it.
+
+    **Examples**
+
+    `unimodal bench serve --model runs/demo/model`
+
+    `unimodal bench serve --model runs/demo/model --only arrivals --seconds 30`
+    """
+    from unimodal.serving.bench import PARTS, BenchSettings
+    from unimodal.serving.bench import bench_serve as run
+
+    settings = BenchSettings(
+        seconds=seconds,
+        concurrency=tuple(concurrency or (1, 4, 16, 64)),
+        threads=threads,
+        rounds=rounds,
+        max_batch=max_batch,
+        guidance=guidance,
+        seed=seed,
+        vllm_args=tuple(context.args),
+        parts=tuple(only or PARTS),
+    )
+    run(model, out, settings, random_codes=random_model, say=typer.echo)
+    typer.echo((out / "serve.md").read_text(encoding="utf-8"))
+
+
 def main() -> None:
     """Run the command line. Errors are one line and an exit code; ``--debug`` shows the traceback.
 

@@ -81,6 +81,18 @@ def test_logits_processors_of_the_user_stay_beside_ours() -> None:
         assert values_of(arguments, "--port") == ["1"]
 
 
+def test_the_same_server_without_what_is_ours() -> None:
+    settings: Any = {"on_cpu": True, "config": {}, "environ": {}}
+    ours, our_environment = prepare("owner/name", ["--port", "1"], **settings)
+    plain, environment = prepare("owner/name", ["--port", "1"], **settings, plugin=False)
+    assert not [word for word in plain if "unimodal" in word]
+    assert "VLLM_PLUGINS" not in environment
+    assert set(plain) < set(ours)
+    assert environment.items() < our_environment.items()
+    own = ["--logits-processors", "a:B"]
+    assert prepare("owner/name", own, **settings, plugin=False)[0][-2:] == own
+
+
 def test_a_folder_is_served_under_its_name_and_its_path(tmp_path: Path) -> None:
     folder = tmp_path / "my-model"
     folder.mkdir()

@@ -1,7 +1,7 @@
 """Images for the routes: options in, pictures out, with previews on the way.
 
-Between the requests (openai_shapes.py) and the engine (segments.py). Decoding runs in threads, so
-it holds up neither the event loop nor the codes.
+Between the requests (openai_shapes.py) and the engine (segments.py). Decoding runs elsewhere
+(codec.py), so it holds up neither the event loop nor the codes.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ class Drawing:
     def __init__(self, segments: ImageSegments, prompts: Prompts) -> None:
         self.segments = segments
         self.prompts = prompts
-        self.processor = prompts.processor
+        self.codec = prompts.codec
         self.vocabulary = segments.vocabulary
         self._negatives: dict[str, list[int]] = {}
         """Unconditional prompts by text; nearly every request has the same."""
@@ -112,7 +112,7 @@ class Drawing:
         try:
             while (ids := await previews.next()) is not None:
                 codes = self.vocabulary.to_codes(ids)
-                image = await asyncio.to_thread(self.processor.decode_beginning, codes)
+                image = await self.codec.decode_beginning(codes)
                 if image is not None and not drawing.done():
                     yield Preview(image)
             span = await drawing
@@ -121,7 +121,7 @@ class Drawing:
             with suppress(asyncio.CancelledError, Exception):
                 await drawing
         codes = self.vocabulary.to_codes(span[1:-1])
-        [image] = await asyncio.to_thread(self.processor.decode_codes, [codes])
+        [image] = await self.codec.decode([codes])
         yield Drawn(image, codes, span)
 
 

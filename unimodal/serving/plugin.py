@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from tokenizer_hf.errors import CheckpointError, ConfigurationError, ServingError, UnimodalError
 from unimodal.processing_unimodal import UnimodalProcessor
 from unimodal.serving import openapi
+from unimodal.serving.codec import ImageCodec
 from unimodal.serving.drawing import Drawing
 from unimodal.serving.images import ImagesReply
 from unimodal.serving.logits import START_BEFORE_KEY
@@ -113,7 +114,7 @@ class UnimodalEndpoints:
             UnimodalProcessor.from_pretrained, config.model, revision=config.revision
         )
         vocabulary = self.processor.vocabulary
-        self.prompts = Prompts(self.processor)
+        self.prompts = Prompts(self.processor, ImageCodec(self.processor))
         self.drawing = Drawing(ImageSegments(engine_client, vocabulary), self.prompts)
         self.image_size = int(self.processor.vq_model.config.image_size)  # type: ignore[union-attr]
         problem = self.drawing.segments.guidance_problem

@@ -11,15 +11,17 @@ from typing import Any
 
 from tokenizer_hf.errors import ConfigurationError
 from tokenizer_hf.vocabulary import control_strings, neutralise
-from unimodal.messages import Message, with_codes
+from unimodal.messages import Message
 from unimodal.processing_unimodal import UnimodalProcessor
+from unimodal.serving.codec import ImageCodec
 
 
 class Prompts:
     """Words prompts with one processor, whose tokenizer no two threads may use at once."""
 
-    def __init__(self, processor: UnimodalProcessor) -> None:
+    def __init__(self, processor: UnimodalProcessor, codec: ImageCodec) -> None:
         self.processor = processor
+        self.codec = codec
         self._tokenizer_lock = threading.Lock()
 
     async def of_messages(self, messages: Sequence[Message], **values: Any) -> list[int]:
@@ -31,9 +33,9 @@ class Prompts:
         Raises:
             MessageError, ImageError, CodeError: as ``UnimodalProcessor.render``.
         """
+        coded = await self.codec.encode_messages(messages)
 
         def render() -> list[int]:
-            [coded] = with_codes([messages], lambda all: self.processor.encode_images(all).tolist())
             with self._tokenizer_lock:
                 rendered = self.processor.render(coded, add_generation_prompt=True, **values)
             return rendered.input_ids

@@ -18,12 +18,14 @@ CPU_CACHE_GIB = 1
 """Room for keys and values on a CPU; vLLM's own default is 4 GiB or a share of all memory."""
 
 
-def serve(folder: str | Path, vllm_args: Sequence[str] = ()) -> None:
+def serve(folder: str | Path, vllm_args: Sequence[str] = (), *, plugin: bool = True) -> None:
     """Serve a merged model until it is interrupted. Does not return before that.
 
     Args:
         folder: what ``unimodal merge`` wrote, or a hub id of such a folder.
         vllm_args: any flags of ``vllm serve``; they win over our defaults.
+        plugin: False leaves out our endpoints and our logits processor: the plain vLLM that a bench
+            compares with, everything else the same.
 
     Raises:
         ServingError: vLLM is not installed.
@@ -39,7 +41,7 @@ def serve(folder: str | Path, vllm_args: Sequence[str] = ()) -> None:
     if on_cpu:
         check_head_size(config, cpu_head_sizes())
     arguments, environment = prepare(
-        folder, vllm_args, on_cpu=on_cpu, config=config, environ=os.environ
+        folder, vllm_args, on_cpu=on_cpu, config=config, environ=os.environ, plugin=plugin
     )
     os.environ.update(environment)
     run_command_line(arguments)
@@ -118,6 +120,7 @@ def prepare(
     on_cpu: bool,
     config: Mapping[str, Any],
     environ: Mapping[str, str],
+    plugin: bool = True,
 ) -> tuple[list[str], dict[str, str]]:
     """Work out vLLM's command line and the environment variables to set.
 
@@ -127,6 +130,7 @@ def prepare(
         on_cpu: vLLM will run on a CPU.
         config: the model's config.json.
         environ: the environment as it is.
+        plugin: False leaves out what is ours.
 
     Returns:
         Arguments (``serve FOLDER ...``), and the variables to add or replace.
@@ -135,7 +139,7 @@ def prepare(
     arguments = ["serve", str(folder), *given]
     environment = {}
     plugins = [name for name in environ.get("VLLM_PLUGINS", "").split(",") if name]
-    if PLUGIN_NAME not in plugins:
+    if plugin and PLUGIN_NAME not in plugins:
         environment["VLLM_PLUGINS"] = ",".join([*plugins, PLUGIN_NAME])
 
     def default(flag: str, *values: str, unless: Sequence[str] = ()) -> None:
@@ -154,7 +158,9 @@ def prepare(
     elif "VLLM_USE_V2_MODEL_RUNNER" not in environ:
         # Our logits processor has both interfaces, but the newer one has not run on a GPU yet.
         environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    arguments.extend(["--logits-processors", *processors, LOGITS_PROCESSOR])
+    processors += [LOGITS_PROCESSOR] if plugin else []
+    if processors:
+        arguments.extend(["--logits-processors", *processors])
     return arguments, environment
 
 
