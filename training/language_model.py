@@ -90,6 +90,7 @@ def train(recipe: LanguageModelRecipe, *, resume: bool = True) -> Path:
         pad_token_id=processor.tokenizer.pad_token_id or 0,
         text_ids=text_ids,
         row_ids=row_ids if recipe.mode == "full" else None,
+        compiled=recipe.compile,
     )
     run_to_the_end(trainer, output_dir)
     with publishing(output_dir) as temporary:

@@ -138,6 +138,9 @@ class LanguageModelRecipe:
     float32. What is trained is float32 in any case of an adapter."""
     bf16: bool | None = None
     """bfloat16 autocast. None: where it is faster on this machine (measured at the start)."""
+    compile: bool = False
+    """``torch.compile`` for the layers (not for the head). The first steps take a minute longer;
+    worth it on a GPU. Not with qlora."""
     data: DataRecipe = field(default_factory=DataRecipe)
     lora: LoraRecipe = field(default_factory=LoraRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
@@ -152,6 +155,11 @@ class LanguageModelRecipe:
             raise ConfigurationError(
                 "loss.text_kl needs mode lora or qlora: with mode full there is no base left to "
                 "compare with; set loss.text_kl to 0"
+            )
+        if self.mode == "qlora" and self.compile:
+            raise ConfigurationError(
+                "compile does not go with mode qlora: 4-bit layers are not compiled; set it to "
+                "false, or use mode lora"
             )
         if self.mode == "qlora" and self.lora.fold:
             raise ConfigurationError("lora.fold needs a base that is not quantised; use mode lora")
@@ -176,6 +184,8 @@ class TextModelRecipe:
     """Tokens an example may have; longer texts are cut into pieces."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     bf16: bool | None = None
+    compile: bool = False
+    """As in `LanguageModelRecipe`."""
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     training: dict[str, Any] = field(default_factory=dict)
 
