@@ -1,4 +1,4 @@
-"""torch.compile: the same losses with hooks, folded LoRA, frozen parts and a switched-off adapter."""
+"""torch.compile: the same losses with hooks, folded LoRA, frozen parts and an adapter off."""
 
 from pathlib import Path
 from typing import Any
