@@ -68,6 +68,9 @@ class LoraRecipe:
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
     """Linear layers that get a LoRA; "all-linear" leaves the head out, as PEFT does."""
+    rows: bool = True
+    """Train the rows of the image words too. False: for one of several adapters on a model whose
+    rows are trained already; vLLM then swaps them per request (it cannot swap rows)."""
     fold: bool | None = None
     """Compute W + B·A once a step instead of a second path through every layer: the same function
     and the same saved adapter, faster where a batch has many more tokens than the layers are wide,
@@ -152,6 +155,8 @@ class LanguageModelRecipe:
             raise ConfigurationError("lora.fold needs a base that is not quantised; use mode lora")
         if self.lora.fold and self.lora.dropout:
             raise ConfigurationError("lora.fold needs lora.dropout 0")
+        if self.mode != "full" and not self.lora.rows and self.optimizer.rows_first_steps:
+            raise ConfigurationError("optimizer.rows_first_steps needs lora.rows: true")
 
 
 @dataclass(kw_only=True)

@@ -273,6 +273,34 @@ def merge(
     typer.echo(folder)
 
 
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A merged model, or its hub id.")],
+    scheme: Annotated[
+        str,
+        typer.Option(
+            help="`W8A8`: int8 weights and activations. `W4A16`: int4 weights, a quarter as large."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Of W4A16: 128, 64 or 32 inputs share a scale. Default: what fits."),
+    ] = None,
+) -> None:
+    """Write a quantized copy of a model, for vLLM and transformers (compressed-tensors' format).
+
+    Weights of the linear layers are rounded to the nearest step; embedding, head, tokenizer and
+    image tokenizer stay as they are. `unimodal evaluate` says what it costs, docs/deployment.md
+    what to expect.
+
+    **Example:** `unimodal quantize my-model --scheme W8A8 --out my-model-w8a8`
+    """
+    from unimodal.quantize import quantize as run
+
+    typer.echo(run(model, out, scheme, group_size=group_size))
+
+
 # --- caption, draw, chat --------------------------------------------------------------------------
 
 Model = Annotated[

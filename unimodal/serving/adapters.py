@@ -5,7 +5,8 @@ to do. So the flags are read first. No vLLM in here.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,22 @@ from tokenizer_hf.errors import CheckpointError, ServingError
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as ``--max-lora-rank``."""
+RUNTIME = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+RUNTIME_SLOTS = 7
+"""Room for adapters that are loaded while the server runs."""
 CONFIG = "adapter_config.json"
 
 
-def adapter_flags(vllm_args: Sequence[str]) -> list[str]:
+def adapter_flags(
+    vllm_args: Sequence[str], *, on_cpu: bool = False, environ: Mapping[str, str] | None = None
+) -> list[str]:
     """Check the adapters of ``--lora-modules`` and return the flags that they need.
 
     Args:
         vllm_args: the user's flags; what they set themselves is not returned again.
+        on_cpu: vLLM will run on a CPU. In vLLM 0.32 a row without an adapter then gets that of the
+            last slot (vLLM's pull request 48421, in 0.33), so that slot has to stay empty.
+        environ: tells whether adapters may be loaded at run time.
 
     Returns:
         ``--enable-lora``, ``--max-lora-rank`` (the largest rank of the adapters) and
@@ -28,19 +37,29 @@ def adapter_flags(vllm_args: Sequence[str]) -> list[str]:
 
     Raises:
         CheckpointError: a folder that is no adapter.
-        ServingError: an adapter that vLLM cannot apply; the message says what to do instead.
+        ServingError: an adapter that vLLM cannot apply, or too few slots on a CPU; the message says
+            what to do instead.
     """
     folders = lora_folders(vllm_args)
-    if not folders:
+    given = {}
+    for argument, following in zip_longest(vllm_args, vllm_args[1:], fillvalue=""):
+        flag, equals, value = argument.partition("=")
+        given[flag.replace("_", "-")] = value if equals else following
+    if not folders and "--enable-lora" not in given:
         return []
-    rank = max(check_adapter(folder) for folder in folders)
-    fitting = next((size for size in RANKS if size >= rank), rank)
-    given = {argument.partition("=")[0].replace("_", "-") for argument in vllm_args}
-    wanted = {
-        "--enable-lora": [],
-        "--max-lora-rank": [str(fitting)],
-        "--max-loras": [str(len(folders))],
-    }
+    wanted: dict[str, list[str]] = {"--enable-lora": []}
+    rank = max(map(check_adapter, folders), default=0)
+    if rank:
+        wanted["--max-lora-rank"] = [str(next(size for size in RANKS if size >= rank))]
+    runtime = (environ or {}).get(RUNTIME, "0").lower() in ("1", "true")
+    slots = max(1, len(folders) + (RUNTIME_SLOTS if runtime else 0))
+    wanted["--max-loras"] = [str(slots + on_cpu)]
+    if on_cpu and int(given.get("--max-loras", slots + 1)) <= len(folders):
+        raise ServingError(
+            f"--max-loras {given['--max-loras']} with {len(folders)} adapters; on a CPU vLLM 0.32 "
+            "answers requests for the model itself with an adapter of a full table: expected "
+            f"{len(folders) + 1} or more, or leave the flag out"
+        )
     return [word for flag, value in wanted.items() if flag not in given for word in (flag, *value)]
 
 

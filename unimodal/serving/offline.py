@@ -117,7 +117,8 @@ def running_backend(
         ServingError: as ``serve``, and where the engine does not start.
     """
     modules = [] if adapter is None else ["--lora-modules", f"adapter={adapter}"]
-    arguments, environment = command_line(folder, [*vllm_args, *adapter_flags(modules)])
+    flags = adapter_flags(modules)  # every row has the adapter, so a CPU needs no empty slot
+    arguments, environment = command_line(folder, [*vllm_args, *flags])
     os.environ.update(environment)
     parsed = engine_arguments(arguments[1:])
     engine = AsyncLLMEngine.from_engine_args(AsyncEngineArgs.from_cli_args(parsed))

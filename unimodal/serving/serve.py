@@ -47,7 +47,6 @@ def command_line(
     """
     require_vllm()
     config = read_config(folder)
-    flags = adapter_flags(vllm_args)
     from vllm.platforms import current_platform
 
     from unimodal.serving.vllm_private import cpu_head_sizes
@@ -55,6 +54,7 @@ def command_line(
     on_cpu = current_platform.is_cpu()
     if on_cpu:
         check_head_size(config, cpu_head_sizes())
+    flags = adapter_flags(vllm_args, on_cpu=on_cpu, environ=os.environ)
     return prepare(folder, [*vllm_args, *flags], on_cpu=on_cpu, config=config, environ=os.environ)
 
 
