@@ -60,10 +60,10 @@ def quantize(
     if "quantization_config" in config:
         raise CheckpointError(f"{base} is quantized already; give the model that it was made from")
     files = shard_files(base)
-    linear, head = _linear_layers(base, files)
+    linear, heads = _linear_layers(base, files)
     if scheme == "W4A16":
         group_size = _group_size(linear, group_size)
-    settings = _settings(scheme, group_size, head)
+    settings = _settings(scheme, group_size, heads)
     with atomic_folder(out) as folder:
         _write_weights(files, folder, set(linear), settings)
         copy_companions(base, folder)
@@ -83,8 +83,8 @@ def _require_library() -> None:
         )
 
 
-def _linear_layers(base: Path, files: list[Path]) -> tuple[dict[str, StoredTensor], str]:
-    """Return the stored weights of the linear layers but the head, and the head's module name."""
+def _linear_layers(base: Path, files: list[Path]) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Return the stored weights of the linear layers but the head, and the head's names."""
     from transformers import AutoConfig
 
     model = skeleton(AutoConfig.from_pretrained(base))
@@ -98,14 +98,17 @@ def _linear_layers(base: Path, files: list[Path]) -> tuple[dict[str, StoredTenso
             for weight in (f"{name}.weight", f"{name}.weight".removeprefix(prefix)):
                 kinds[weight] = isinstance(module, nn.Linear) and module not in tables
     stored = {name: tensor for file in files for name, tensor in read_header(file).items()}
-    strange = [name for name, t in stored.items() if len(t.shape) > 1 and name not in kinds]
+    others = {name: t.shape for name, t in stored.items() if len(t.shape) > 1 and name not in kinds}
+    # Older checkpoints have another name for the head.
+    heads = [name for name, shape in others.items() if shape == tuple(head.weight.shape)]
+    strange = [name for name in others if name not in heads]
     linear = {name: tensor for name, tensor in stored.items() if kinds.get(name)}
     if strange or not linear:
         what = f"{len(strange)} weights such as {strange[0]}" if strange else "no linear layer"
         raise CheckpointError(
             f"{base} has {what}; expected linear layers and embeddings only (no mixture of experts)"
         )
-    return linear, head_name
+    return linear, [head_name, *(name.removesuffix(".weight") for name in heads)]
 
 
 def _group_size(linear: dict[str, StoredTensor], wanted: int | None) -> int:
@@ -127,7 +130,7 @@ def _group_size(linear: dict[str, StoredTensor], wanted: int | None) -> int:
     return wanted
 
 
-def _settings(scheme: str, group_size: int | None, head: str) -> Any:
+def _settings(scheme: str, group_size: int | None, heads: list[str]) -> Any:
     """Return compressed-tensors' ``QuantizationConfig``."""
     from compressed_tensors.quantization import (
         QuantizationConfig,
@@ -142,7 +145,7 @@ def _settings(scheme: str, group_size: int | None, head: str) -> Any:
     return QuantizationConfig(
         config_groups={"group_0": layers},
         format=FORMATS[scheme],
-        ignore=[head],
+        ignore=heads,
         quantization_status=QuantizationStatus.COMPRESSED,
     )
 
