@@ -12,6 +12,7 @@ behind its PNG, so a run that was killed goes on with the pictures that have no 
 import asyncio
 import json
 import os
+import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -307,7 +308,7 @@ async def draw_all(
                     except UnimodalError as error:
                         result = error
                 failed += 1
-                bar.write(f"{drawing.file}: {result}")
+                bar.write(f"{drawing.file}: {result}", file=sys.stderr)
                 manifest.add({**entry, "status": "error", "error": str(result)})
                 bar.update()
     return Summary(len(missing) - failed, len(drawings) - len(missing), failed)
