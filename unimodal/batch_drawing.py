@@ -13,7 +13,8 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,7 +89,7 @@ Result = list[int] | Exception
 class Backend(Protocol):
     """Draws; with transformers (below) or with vLLM (serving/offline.py)."""
 
-    def draw(self, drawings: Sequence[Drawing]) -> AsyncIterator[tuple[Drawing, Result]]:
+    def draw(self, drawings: Sequence[Drawing]) -> AsyncGenerator[tuple[Drawing, Result]]:
         """Yield each drawing once, in any order. An error of one drawing is its result; one that
         ends them all is raised."""
         ...
@@ -295,21 +296,22 @@ async def draw_all(
     failed = 0
     bar = tqdm(total=len(drawings), initial=len(drawings) - len(missing), unit="picture")
     with bar:
-        if missing:
-            async for drawing, result in backend.draw(missing):
+        async with aclosing(backend.draw(missing)) as results:
+            async for drawing, result in results:
                 entry = {**asdict(drawing), **about}
-                if not isinstance(result, Exception):
-                    try:
-                        codes = processor.vocabulary.to_codes(result[1:-1])
-                        await asyncio.to_thread(_save, processor, codes, out, entry)
-                        manifest.add({**entry, "codes": codes, "status": "done"})
-                        bar.update()
-                        continue
-                    except UnimodalError as error:
-                        result = error
-                failed += 1
-                bar.write(f"{drawing.file}: {result}", file=sys.stderr)
-                manifest.add({**entry, "status": "error", "error": str(result)})
+                try:
+                    if isinstance(result, Exception):
+                        raise result
+                    codes = processor.vocabulary.to_codes(result[1:-1])
+                    await asyncio.to_thread(_save, processor, codes, out, entry)
+                    entry |= {"codes": codes, "status": "done"}
+                except OSError:  # the disk, not the drawing
+                    raise
+                except Exception as error:
+                    failed += 1
+                    bar.write(f"{drawing.file}: {error}", file=sys.stderr)
+                    entry |= {"status": "error", "error": str(error)}
+                manifest.add(entry)
                 bar.update()
     return Summary(len(missing) - failed, len(drawings) - len(missing), failed)
 
@@ -330,7 +332,7 @@ class TransformersBackend:
     def __init__(self, model: Unimodal) -> None:
         self.model = model
 
-    async def draw(self, drawings: Sequence[Drawing]) -> AsyncIterator[tuple[Drawing, Result]]:
+    async def draw(self, drawings: Sequence[Drawing]) -> AsyncGenerator[tuple[Drawing, Result]]:
         """As :meth:`Backend.draw`."""
         groups: dict[Drawing, list[Drawing]] = {}
         for drawing in drawings:

@@ -8,7 +8,7 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class VllmBackend:
         self.segments = ImageSegments(engine, processor.vocabulary)
         self.lora = None if adapter is None else LoRARequest("adapter", 1, str(adapter))
 
-    async def draw(self, drawings: Sequence[Drawing]) -> AsyncIterator[tuple[Drawing, Result]]:
+    async def draw(self, drawings: Sequence[Drawing]) -> AsyncGenerator[tuple[Drawing, Result]]:
         """As ``Backend.draw``."""
         waiting = iter(drawings)
         running: set[asyncio.Task[tuple[Drawing, Result]]] = set()
@@ -121,7 +121,10 @@ def running_backend(
     arguments, environment = command_line(folder, [*vllm_args, *flags])
     os.environ.update(environment)
     parsed = engine_arguments(arguments[1:])
-    engine = AsyncLLMEngine.from_engine_args(AsyncEngineArgs.from_cli_args(parsed))
+    try:
+        engine = AsyncLLMEngine.from_engine_args(AsyncEngineArgs.from_cli_args(parsed))
+    except (RuntimeError, ValueError) as error:
+        raise ServingError(f"vLLM's engine did not start: {error}; its log says more") from error
     try:
         with _killed_with_us():
             yield VllmBackend(engine, processor, adapter)
