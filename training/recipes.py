@@ -69,10 +69,12 @@ class LoraRecipe:
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
     """Linear layers that get a LoRA; "all-linear" leaves the head out, as PEFT does."""
-    rows: Literal["free", "factored"] = "free"
-    """"factored": codes that share a factor (an FSQ level, a part of a product code) share a
-    trained row for it, so that combinations compose; see `training.factored_rows`. "free": every
-    code has a row of its own and nothing else."""
+    rows: Literal["free", "factored", "none"] = "free"
+    """How the rows of the image words are trained. "free": every code has a row of its own.
+    "factored": codes that share a factor (an FSQ level, a part of a product code) share a trained
+    row for it too, so that combinations compose; see `training.factored_rows`. "none": not at all,
+    for one of several adapters on a model whose rows are trained already; vLLM then swaps them per
+    request (it cannot swap rows)."""
     fold: bool | None = None
     """Compute W + B·A once a step instead of a second path through every layer: the same function
     and the same saved adapter, faster where a batch has many more tokens than the layers are wide,
@@ -165,6 +167,8 @@ class LanguageModelRecipe:
             raise ConfigurationError("lora.fold needs a base that is not quantised; use mode lora")
         if self.lora.fold and self.lora.dropout:
             raise ConfigurationError("lora.fold needs lora.dropout 0")
+        if self.mode != "full" and self.lora.rows == "none" and self.optimizer.rows_first_steps:
+            raise ConfigurationError("optimizer.rows_first_steps needs lora.rows free or factored")
 
 
 @dataclass(kw_only=True)

@@ -273,6 +273,34 @@ def merge(
     typer.echo(folder)
 
 
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A merged model, or its hub id.")],
+    scheme: Annotated[
+        str,
+        typer.Option(
+            help="`W8A8`: int8 weights and activations. `W4A16`: int4 weights, a quarter as large."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Of W4A16: 128, 64 or 32 inputs share a scale. Default: what fits."),
+    ] = None,
+) -> None:
+    """Write a quantized copy of a model, for vLLM and transformers (compressed-tensors' format).
+
+    Weights of the linear layers are rounded to the nearest step; embedding, head, tokenizer and
+    image tokenizer stay as they are. `unimodal evaluate` says what it costs, docs/deployment.md
+    what to expect.
+
+    **Example:** `unimodal quantize my-model --scheme W8A8 --out my-model-w8a8`
+    """
+    from unimodal.quantize import quantize as run
+
+    typer.echo(run(model, out, scheme, group_size=group_size))
+
+
 # --- caption, draw, chat --------------------------------------------------------------------------
 
 Model = Annotated[
@@ -350,8 +378,22 @@ def caption(
 
 @app.command()
 def draw(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw.")],
     model: Model,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT...", help="What to draw.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts", metavar="FILE", help='JSONL: {"prompt": ...} and settings on each line.'
+        ),
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help="What draws the prompts of a file: `transformers` or `vllm`.")
+    ] = "transformers",
+    vllm_args: Annotated[
+        str, typer.Option(metavar="FLAGS", help="For vLLM's engine, as one quoted string.")
+    ] = "",
     n: Annotated[int, typer.Option("--n", min=1, help="Pictures of each prompt.")] = 1,
     seed: Annotated[
         int | None,
@@ -395,6 +437,12 @@ def draw(
     `unimodal draw --model my-model "three green stars" --n 4 --seed 7 --guidance 4 --out stars`
 
     `unimodal draw --model my-model "a ring" --negative "black background" --out ring.png`
+
+    `unimodal draw --model my-model --backend vllm --prompts prompts.jsonl --out drawings`
+
+    A file's lines may set `id`, `n`, `seed`, `guidance`, `temperature`, `top_k`, `budget` and
+    `negative_prompt`; the options are their defaults. `manifest.jsonl` in the folder lists what was
+    drawn, with codes. The same command again goes on where it was stopped; see docs/deployment.md.
     """
     import secrets
 
@@ -402,6 +450,24 @@ def draw(
 
     from tokenizer_hf.errors import ConfigurationError, MessageError
 
+    if file is not None:
+        if prompts:
+            raise ConfigurationError(f"prompts came both as words and as --prompts {file}")
+        defaults = {
+            "n": n,
+            "seed": seed or 0,
+            "guidance": guidance,
+            "temperature": temperature,
+            "top_k": top_k,
+            "budget": budget,
+            "negative_prompt": negative,
+        }
+        where = {"adapter": adapter, "device": device, "dtype": dtype}
+        return _draw_file(file, defaults, model, out, backend, vllm_args, **where)
+    if not prompts:
+        raise ConfigurationError("nothing to draw; give a PROMPT, or a file with --prompts")
+    if backend != "transformers":
+        raise ConfigurationError(f"--backend {backend} draws files; give one with --prompts")
     number = n * len(prompts)
     if out.suffix.lower() == ".png" and number > 1:
         raise ConfigurationError(f"--out {out} is one file, but {number} pictures; give a folder")
@@ -431,6 +497,75 @@ def draw(
         path = out if out.suffix.lower() == ".png" else picture_path(out, prompt, seed + index)
         save_png(picture, path, {"prompt": prompt, "seed": seed + index, **settings, **about})
         typer.echo(f"{picture_escape(picture, terminal_protocol())}{path}")
+
+
+def _draw_file(
+    file: Path,
+    defaults: dict[str, Any],
+    model: str,
+    out: Path,
+    backend: str,
+    vllm_args: str,
+    **where: str | None,
+) -> None:
+    """`unimodal draw --prompts`: one code path, two things that draw."""
+    import asyncio
+    import gc
+    import shlex
+
+    from tokenizer_hf.errors import ConfigurationError
+    from unimodal.batch_drawing import (
+        Defaults,
+        Summary,
+        TransformersBackend,
+        check_budgets,
+        draw_all,
+        read_prompts,
+    )
+
+    if backend not in ("transformers", "vllm"):
+        raise ConfigurationError(f"--backend {backend}; expected transformers or vllm")
+    if backend == "transformers" and vllm_args:
+        raise ConfigurationError("--vllm-args came without --backend vllm")
+    if backend == "vllm" and where["device"]:
+        raise ConfigurationError("--device came with --backend vllm, which takes its own device")
+    drawings = read_prompts(file, Defaults(**defaults))
+    adapter = where["adapter"]
+    about = {
+        "model": str(Path(model).resolve()) if Path(model).is_dir() else model,
+        "adapter": str(Path(adapter).resolve()) if adapter and Path(adapter).is_dir() else adapter,
+    }
+
+    def checked(processor: Any) -> dict[str, Any]:
+        check_budgets(drawings, processor.vocabulary)
+        return {**about, "image_tokenizer": processor.vocabulary.fingerprint}
+
+    async def with_vllm() -> Summary:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported
+        from unimodal.processing_unimodal import UnimodalProcessor
+        from unimodal.serving.serve import require_vllm
+
+        require_vllm()
+        processor = UnimodalProcessor.from_pretrained(model)
+        facts = checked(processor)
+        from unimodal.serving.offline import running_backend
+
+        flags = shlex.split(vllm_args)
+        flags += ["--dtype", where["dtype"]] if where["dtype"] else []
+        with running_backend(model, processor, flags, adapter) as vllm:
+            return await draw_all(drawings, vllm, processor, out, facts)
+
+    async def with_transformers() -> Summary:
+        unimodal = _load(model, **where)
+        facts = checked(unimodal.processor)
+        engine = TransformersBackend(unimodal)
+        return await draw_all(drawings, engine, unimodal.processor, out, facts)
+
+    done = asyncio.run(with_vllm() if backend == "vllm" else with_transformers())
+    gc.collect()  # an engine that is collected at the very end of Python complains
+    typer.echo(f"{out}: {done.drawn} drawn, {done.skipped} were there, {done.failed} failed")
+    if done.failed:
+        raise typer.Exit(1)
 
 
 @app.command()

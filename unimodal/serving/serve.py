@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizer_hf.errors import CheckpointError, ServingError
+from unimodal.serving.adapters import adapter_flags
 
 PLUGIN_NAME = "unimodal"
 LOGITS_PROCESSOR = "unimodal.serving.logits:ImageLogitsProcessor"
@@ -28,23 +29,42 @@ def serve(folder: str | Path, vllm_args: Sequence[str] = (), *, plugin: bool = T
             compares with, everything else the same.
 
     Raises:
-        ServingError: vLLM is not installed.
-        CheckpointError: the folder is no merged model.
+        ServingError, CheckpointError: as :func:`command_line`.
+    """
+    arguments, environment = command_line(folder, vllm_args, plugin=plugin)
+    from unimodal.serving.vllm_private import run_command_line
+
+    os.environ.update(environment)
+    run_command_line(arguments)
+
+
+def command_line(
+    folder: str | Path, vllm_args: Sequence[str] = (), *, plugin: bool = True
+) -> tuple[list[str], dict[str, str]]:
+    """Check that this machine can serve the model and its adapters, and :func:`prepare` it.
+
+    Raises:
+        ServingError: vLLM is not installed, or cannot compute this model or these adapters.
+        CheckpointError: the folder is no merged model, or an adapter is none.
     """
     require_vllm()
     config = read_config(folder)
     from vllm.platforms import current_platform
 
-    from unimodal.serving.vllm_private import cpu_head_sizes, run_command_line
+    from unimodal.serving.vllm_private import cpu_head_sizes
 
     on_cpu = current_platform.is_cpu()
     if on_cpu:
         check_head_size(config, cpu_head_sizes())
-    arguments, environment = prepare(
-        folder, vllm_args, on_cpu=on_cpu, config=config, environ=os.environ, plugin=plugin
+    flags = adapter_flags(vllm_args, on_cpu=on_cpu, environ=os.environ)
+    return prepare(
+        folder,
+        [*vllm_args, *flags],
+        on_cpu=on_cpu,
+        config=config,
+        environ=os.environ,
+        plugin=plugin,
     )
-    os.environ.update(environment)
-    run_command_line(arguments)
 
 
 def check_head_size(config: Mapping[str, Any], supported: Sequence[int]) -> None:
