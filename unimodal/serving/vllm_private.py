@@ -42,11 +42,11 @@ from vllm.entrypoints.serve.utils.api_utils import (
 from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 
-# Streams of several choices become one. asyncio has no such function.
-from vllm.utils.async_utils import merge_async_iterators
-
 # Reads vLLM's own flags for an engine without a server; vLLM's examples import it from here too.
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+# Streams of several choices become one. asyncio has no such function.
+from vllm.utils.async_utils import merge_async_iterators
 
 # Both logits-processor interfaces. Documented, but the two paths are not: which of them an engine
 # loads depends on its model runner, and each refuses the other's subclass (see logits.py).
