@@ -24,7 +24,6 @@ So every code that both kept came from a mixed pair.
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -56,8 +55,6 @@ entry of its extra arguments, if the id is one of its ``stop_token_ids``."""
 CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"
 CERTAIN = 1e30
 """The logit of an id that has been drawn; finite, since vLLM may take a softmax of the row."""
-CACHED_LOGITS = 1 << 17
-"""Most legal logits that are worked on at once, on a CPU: 1 MiB in float64."""
 _ROOM = 1 << 30  # an image segment always has room: the front end checked the context length
 
 Ranges = tuple[tuple[int, int], ...]
@@ -276,7 +273,7 @@ class ImageLogitsProcessor(LogitsProcessorV2, LogitsProcessorV1):
             ctx: V2 only.
         """
         rows = self._rows_v1() if ctx is None else self._rows_v2(ctx)
-        drawn = [self._draw(logits, *group) for group in _group(rows, logits.device)]
+        drawn = [self._draw(logits, *group) for group in _group(rows)]
         if len(rows) < logits.shape[0]:
             drawing = {row[0] for row in rows}
             text = [index for index in range(logits.shape[0]) if index not in drawing]
@@ -378,11 +375,10 @@ class ImageLogitsProcessor(LogitsProcessorV2, LogitsProcessorV1):
 Group = tuple[Ranges | None, Warp, list[tuple[Row, Row]]]
 
 
-def _group(rows: Sequence[Row], device: torch.device) -> list[Group]:
+def _group(rows: Sequence[Row]) -> list[Group]:
     """Put together what is drawn in the same way: single rows (twice the same) and whole pairs.
 
-    On a CPU a large group comes in pieces that stay in the processor's cache. Rows that have to
-    stop, since they stand without their partner, come with None for the ranges.
+    Rows that have to stop, since they stand without their partner, come with None for the ranges.
     """
     members: list[tuple[Row, Row]] = []
     alone: list[tuple[Row, Row]] = []
@@ -405,17 +401,7 @@ def _group(rows: Sequence[Row], device: torch.device) -> list[Group]:
         _index, drawing, position = member[0]
         groups.setdefault((drawing.ranges(position), drawing.warp), []).append(member)
     stop: list[Group] = [(None, (0.0, 0, None), alone)] if alone else []
-    most = CACHED_LOGITS if device.type == "cpu" else math.inf
-    return stop + [
-        (ranges, warp, group[first : first + size])
-        for (ranges, warp), group in groups.items()
-        for size in [int(min(len(group), max(1, most // _width(ranges))))]
-        for first in range(0, len(group), size)
-    ]
-
-
-def _width(ranges: Ranges) -> int:
-    return sum(stop - first for first, stop in ranges)
+    return [(*key, group) for key, group in groups.items()] + stop
 
 
 @lru_cache(maxsize=256)
