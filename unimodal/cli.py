@@ -924,6 +924,34 @@ def serve(
 
 
 @app.command()
+def ui(
+    url: Annotated[str, typer.Option(help="The server, with `/v1`.")] = "http://127.0.0.1:8000/v1",
+    host: Annotated[
+        str, typer.Option(help="Where the page listens; other machines reach it only if changed.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page.")] = 7860,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="UNIMODAL_API_KEY", help="The server's key. The page never shows it."),
+    ] = None,
+) -> None:
+    """Chat with a server in the browser: pictures in both directions, with previews.
+
+    Needs `pip install 'unimodal[ui]'`; neither torch nor vLLM, so it can run on another machine
+    than the server. See docs/chat_page.md.
+
+    **Examples**
+
+    `unimodal serve my-model --port 8000`, and in another terminal `unimodal ui`
+
+    `UNIMODAL_API_KEY=... unimodal ui --url http://gpu-machine:8000/v1 --port 7861`
+    """
+    from unimodal.serving.ui import run_page
+
+    run_page(url, host=host, port=port, api_key=api_key)
+
+
+@app.command()
 def serve_check(
     model: Annotated[Path, typer.Option(help="A merged model.")],
     out: Annotated[
