@@ -22,6 +22,8 @@ from tokenizer_hf.errors import ImageError, ServingError
 MAX_SIDE_PIXELS = 1024
 """Larger pictures are made smaller before they are sent, with every turn again."""
 SENT_AS_THEY_ARE = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
+GUIDANCE = 3.0
+"""As ``Unimodal.draw``, where the server does not tell its own default."""
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 600.0
 """Longest silence of the server before the page gives up."""
@@ -126,14 +128,14 @@ def _parts(parts: Sequence[Part]) -> list[dict[str, Any]]:
 
 
 def _reply_fields(reply: Sequence[Part]) -> dict[str, Any]:
-    """``content`` and ``images`` as they came; parts where text follows a picture."""
-    kept = [part for part in reply if isinstance(part, str) or not part.partial]
-    pictures = [part for part in kept if isinstance(part, Picture)]
-    text = [part for part in kept if isinstance(part, str)]
-    if kept != [*text, *pictures]:
-        return {"content": _parts(kept)}
-    images = {"images": [picture.part for picture in pictures]} if pictures else {}
-    return {"content": "".join(text), **images}
+    """``content`` and ``images`` of an assistant turn; an image's ``offset`` is its place."""
+    text, images = "", []
+    for part in reply:
+        if isinstance(part, str):
+            text += part
+        elif not part.partial:
+            images.append({**part.part, "offset": len(text)})
+    return {"content": text, "images": images} if images else {"content": text}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,22 +266,38 @@ class ModelCard:
     """What ``/v1/models`` tells about a model."""
 
     name: str
-    abilities: dict[str, Any]
+    abilities: dict[str, Any] = field(default_factory=dict)
     """The ``unimodal`` object; empty where the server tells nothing."""
 
     @property
-    def image_size(self) -> int | None:
-        """Pixels of a side of the images that the model draws."""
-        size = self.abilities.get("image_size")
-        return size if isinstance(size, int) else None
+    def side_pixels(self) -> int | None:
+        """The side of the images that the model draws."""
+        side = str(self.abilities.get("size", "")).partition("x")[0]
+        return int(side) if side.isdecimal() else None
 
     @property
     def budget(self) -> tuple[int, int] | None:
         """Fewest and most codes of an image where its tokenizer is nested, else None."""
-        least, most = (self.abilities.get(name) for name in ("min_codes", "max_codes"))
-        if isinstance(least, int) and isinstance(most, int) and least < most:
-            return least, most
-        return None
+        codes = self.abilities.get("codes") or {}
+        if not self.abilities.get("nested") or not {"min", "max"} <= codes.keys():
+            return None
+        return codes["min"], codes["max"]
+
+    @property
+    def codebook_size(self) -> int | None:
+        """How many codes there are to choose from."""
+        return (self.abilities.get("codes") or {}).get("codebook_size")
+
+    @property
+    def guidance_problem(self) -> str | None:
+        """Why the server cannot guide, or None."""
+        return self.abilities.get("guidance_problem")
+
+    @property
+    def guidance(self) -> float:
+        """The server's default guidance."""
+        default = (self.abilities.get("defaults") or {}).get("guidance_scale")
+        return GUIDANCE if default is None else float(default)
 
 
 class Connection:
@@ -336,8 +354,8 @@ class Connection:
             text = f"{self.url} did not answer in time; the server may be overloaded, try again"
         elif isinstance(error, openai.APIConnectionError):
             text = (
-                f"no connection to {self.url}; start a server with `unimodal serve DIR`, or give "
-                "its address with --url"
+                f"there is no connection to {self.url}, or it broke off; see that `unimodal serve` "
+                "runs there, or start `unimodal ui` with the right --url"
             )
         elif isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
             text = (
@@ -346,7 +364,7 @@ class Connection:
             )
         elif isinstance(error, openai.APIError):
             told = error.body.get("message") if isinstance(error.body, dict) else None
-            text = str(told or error.message)
+            text = str(told or f"{self.url} answered: {error.message}")
         else:
             text = f"{self.url} sent something unexpected ({type(error).__name__}: {error:.200})"
         return ServingError(text)

@@ -3,7 +3,7 @@
 import asyncio
 import html
 import secrets
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import gradio as gr
 
 from tokenizer_hf.errors import ServingError, UnimodalError
 from unimodal.serving.chat_client import (
+    GUIDANCE,
     Chat,
     Connection,
     ModelCard,
@@ -33,11 +34,17 @@ SMALL_PIXELS = 256
 MOST_SEED = 2**31 - 1
 
 CSS = """
-.gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1200px !important; }
+.gradio-container { margin: 0 auto !important; }
+#columns > .column { min-width: 0 !important; }
+@media (max-width: 720px) {
+    #columns { flex-direction: column; }
+    #columns > .column { width: 100%; }
+}
 #title h1 { font-size: 1.4rem; margin: 0; }
 #status p { color: var(--body-text-color-subdued); margin: 0; }
 #chat { min-height: 340px; }
-#chat .message { opacity: 1; }  /* else pictures look washed out */
+#chat .prose { opacity: 1; }  /* else pictures look washed out */
 #chat button[aria-label="Clear"] { display: none; }  /* our own button says it in words */
 #chat img { width: min(256px, 60vw); margin: 4px 0; border-radius: 8px; display: block; }
 #chat img.attached { width: min(160px, 45vw); }
@@ -138,8 +145,8 @@ def _remarks(turn: Turn) -> list[str]:
 def described(card: ModelCard) -> str:
     """One line about a served model."""
     parts = [f"**{html.escape(card.name, quote=False)}**"]
-    if card.image_size:
-        parts.append(f"draws {card.image_size} × {card.image_size} pixels")
+    if card.side_pixels:
+        parts.append(f"draws {card.side_pixels} × {card.side_pixels} pixels")
     if card.budget:
         parts.append("{} to {} codes a picture".format(*card.budget))
     return " · ".join(parts)
@@ -222,9 +229,9 @@ class SettingsPanel:
             info="Auto: the model decides when to draw.",
         )
         with gr.Accordion("Pictures", open=True):
-            guidance = gr.Slider(0, 10, 3, step=0.1, label="Guidance", info="1: off")
+            self.guidance = gr.Slider(0, 10, GUIDANCE, step=0.1, label="Guidance", info="1: off")
             image_temperature = gr.Slider(0, 2, 1, step=0.05, label="Picture temperature")
-            top_k = gr.Slider(0, 1000, 0, step=1, label="Top-k", info="0: all codes")
+            self.top_k = gr.Slider(0, 1000, 0, step=1, label="Top-k", info="0: all codes")
             self.budget = gr.Slider(
                 1, 2, 2, step=1, label="Budget", info="most codes of a picture", visible=False
             )
@@ -238,14 +245,34 @@ class SettingsPanel:
             self.seed = gr.Number(0, precision=0, minimum=0, maximum=MOST_SEED, label="Seed")
         self._fields = {
             "mode": mode,
-            "guidance": guidance,
+            "guidance": self.guidance,
             "image_temperature": image_temperature,
-            "top_k": top_k,
+            "top_k": self.top_k,
             "budget": self.budget,
             "previews": previews,
             "negative_prompt": negative,
             "temperature": temperature,
             "max_tokens": max_tokens,
+        }
+
+    @property
+    def of_the_server(self) -> list[Any]:
+        """The components that :meth:`follow` changes."""
+        return [self.model, self.guidance, self.top_k, self.budget]
+
+    def follow(self, cards: Sequence[ModelCard]) -> dict[Any, Any]:
+        """Offer what the served model can do."""
+        card, names = cards[0], [card.name for card in cards]
+        least, most = card.budget or (1, 2)
+        problem = card.guidance_problem
+        guidance = {"info": f"Off: {problem}", "interactive": False} if problem else {}
+        return {
+            self.model: gr.Dropdown(choices=names, value=names[0], visible=len(names) > 1),
+            self.guidance: gr.Slider(value=card.guidance, **guidance),
+            self.top_k: gr.Slider(maximum=card.codebook_size or 1000),
+            self.budget: gr.Slider(
+                minimum=least, maximum=most, value=most, visible=card.budget is not None
+            ),
         }
 
     @property
@@ -289,7 +316,7 @@ class ChatPage:
             self.chosen = gr.State(0)  # number of the drawn picture that the buttons below it mean
             gr.Markdown(f"# {TITLE}", elem_id="title")
             self.status = gr.Markdown("Connecting…", elem_id="status")
-            with gr.Row(equal_height=False):
+            with gr.Row(equal_height=False, elem_id="columns"):
                 with gr.Column(scale=3, min_width=320):
                     self._conversation()
                 with gr.Column(scale=1, min_width=270):
@@ -300,8 +327,9 @@ class ChatPage:
     def _conversation(self) -> None:
         self.log = gr.Chatbot(
             label="Conversation",
+            show_label=False,
             elem_id="chat",
-            height="60vh",
+            height="58vh",
             buttons=["copy"],
             allow_tags=False,
             placeholder="Ask for a picture, or drop one in and ask about it.",
@@ -318,16 +346,17 @@ class ChatPage:
             autofocus=True,
         )
         with gr.Row():
-            self.again = gr.Button("Regenerate", size="sm", min_width=90)
-            self.clear = gr.Button("Clear", size="sm", min_width=90)
-            self.reuse = gr.Button("Use as input", size="sm", min_width=90, visible=False)
-            self.download = gr.DownloadButton("Download", size="sm", min_width=90, visible=False)
+            self.again = gr.Button("Regenerate", size="sm", min_width=70)
+            self.clear = gr.Button("Clear", size="sm", min_width=70)
+            self.reuse = gr.Button("Use as input", size="sm", min_width=70, visible=False)
+            self.download = gr.DownloadButton("Download", size="sm", min_width=70, visible=False)
         self.gallery = gr.Gallery(
-            label="Drawn pictures: press one to choose it",
+            label="Drawn pictures",
+            show_label=False,
             elem_id="drawn",
             columns=6,
             fit_columns=False,
-            height=150,
+            height=140,
             object_fit="contain",
             allow_preview=False,
             buttons=[],
@@ -361,7 +390,7 @@ class ChatPage:
         page.load(
             self.connect,
             None,
-            [self.status, self.settings.model, self.settings.budget, self.gallery],
+            [self.status, self.gallery, *self.settings.of_the_server],
             js=_LABELS,
             **long,
         )
@@ -369,23 +398,20 @@ class ChatPage:
 
     # --- what happens -----------------------------------------------------------------------------
 
-    async def connect(self) -> tuple[Any, ...]:
+    async def connect(self) -> dict[Any, Any]:
         """When the page opens: ask the server what it can do."""
         try:
             cards = await self.connection.models()
         except ServingError as error:
-            problem = f"**Not connected:** {html.escape(str(error), quote=False)}"
-            return problem, gr.skip(), gr.skip(), gr.skip()
-        card, names = cards[0], [card.name for card in cards]
+            return {self.status: f"**Not connected:** {html.escape(str(error), quote=False)}"}
+        card = cards[0]
         self.nested = card.budget is not None
-        least, most = card.budget or (1, 2)
-        self.sharp = card.image_size is not None and card.image_size < SMALL_PIXELS
-        return (
-            described(card),
-            gr.Dropdown(choices=names, value=names[0], visible=len(names) > 1),
-            gr.Slider(minimum=least, maximum=most, value=most, visible=self.nested),
-            gr.Gallery(elem_classes=["sharp"] if self.sharp else []),
-        )
+        self.sharp = card.side_pixels is not None and card.side_pixels < SMALL_PIXELS
+        return {
+            self.status: described(card),
+            self.gallery: gr.Gallery(elem_classes=["sharp"] if self.sharp else []),
+            **self.settings.follow(cards),
+        }
 
     async def send(self, values: dict[Any, Any], request: gr.Request) -> AsyncIterator[Any]:
         """Send what stands in the message box."""
