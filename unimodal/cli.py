@@ -929,7 +929,7 @@ def ui(
     host: Annotated[
         str, typer.Option(help="Where the page listens; other machines reach it only if changed.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page.")] = 7860,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page.")] = 7860,
     api_key: Annotated[
         str | None,
         typer.Option(envvar="UNIMODAL_API_KEY", help="The server's key. The page never shows it."),

@@ -349,7 +349,9 @@ class ChatPage:
             self.again = gr.Button("Regenerate", size="sm", min_width=70)
             self.clear = gr.Button("Clear", size="sm", min_width=70)
             self.reuse = gr.Button("Use as input", size="sm", min_width=70, visible=False)
-            self.download = gr.DownloadButton("Download", size="sm", min_width=70, visible=False)
+            self.download = gr.DownloadButton(
+                "Download", elem_id="download", size="sm", min_width=70, visible=False
+            )
         self.gallery = gr.Gallery(
             label="Drawn pictures",
             show_label=False,
