@@ -162,7 +162,10 @@ def test_regenerate_draws_anew_and_clear_forgets(page: Any) -> None:
     steps.send("Draw: a ring")
     steps.drawn().wait_for()
     steps.rest()
-    first, seed = steps.drawn().get_attribute("src"), page.get_by_label("Seed").input_value()
+    first, seed = (
+        steps.drawn().get_attribute("src"),
+        page.get_by_label("Seed", exact=True).input_value(),
+    )
     page.get_by_role("button", name="Regenerate").click()
     page.wait_for_function(
         "old => { const now = document.querySelector('#chat img.drawn');"
@@ -170,7 +173,7 @@ def test_regenerate_draws_anew_and_clear_forgets(page: Any) -> None:
         arg=first,
     )
     steps.rest()
-    assert page.get_by_label("Seed").input_value() != seed
+    assert page.get_by_label("Seed", exact=True).input_value() != seed
     # The seed that is shown draws the same picture again.
     second = steps.drawn().get_attribute("src")
     page.get_by_label("A new seed each time").uncheck()
@@ -219,6 +222,13 @@ def test_stop_takes_the_request_from_the_server(page: Any, server: Server) -> No
     assert eventually(lambda: running_requests(server) == 0, 2)
     page.locator("#chat").get_by_text("Stopped.").wait_for()
     Walk(page).rest()
+
+
+@browsing
+def test_a_closed_tab_takes_its_request_along(page: Any, server: Server) -> None:
+    begin_a_long_reply(page, server)
+    page.close()
+    assert eventually(lambda: running_requests(server) == 0, 10)
 
 
 @browsing

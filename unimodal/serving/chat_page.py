@@ -114,7 +114,9 @@ def shown_messages(chat: Chat, files: PictureFiles, sharp: bool = False) -> list
         question = [
             html.escape(part, quote=False)
             if isinstance(part, str)
-            else files.html(part, "attached", "Attached picture", "attached")
+            else files.html(
+                part, "attached", "Attached picture", f"attached{extra if part.codes else ''}"
+            )
             for part in turn.question
         ]
         messages.append({"role": "user", "content": question})
