@@ -35,6 +35,13 @@ DESKTOP = {"width": 1200, "height": 860}
 PHONE = {"width": 390, "height": 844}
 
 
+COUNT_PREVIEWS = """() => {
+    window.previews = 0;
+    const look = () => { window.previews += document.querySelectorAll("#chat img.preview").length };
+    new MutationObserver(look).observe(document.body, { childList: true, subtree: true });
+}"""  # a small model's previews are gone before one could look for them
+
+
 @contextmanager
 def running_ui(url: str, log: Path, api_key: str | None = None) -> Iterator[str]:
     """Run ``unimodal ui`` on a free port while the block runs; gives the page's address."""
@@ -88,6 +95,14 @@ class Walk:
         """Press Auto, Draw or Text only."""
         self.page.get_by_label(mode, exact=True).check()
 
+    def limit(self, tokens: int) -> None:
+        """Set the most tokens of a reply, in the settings that are folded away at first."""
+        field = self.page.get_by_label("number input for Most tokens")
+        if not field.is_visible():
+            self.page.get_by_role("button", name="Text", exact=True).click()
+        field.fill(str(tokens))
+        field.press("Tab")
+
     def attach(self, picture: Path) -> None:
         """Put a picture into the message."""
         self.page.set_input_files("#message input[type=file]", str(picture))
@@ -124,6 +139,7 @@ def walk(
     picture: Path,
     prompt: str,
     instruction: str,
+    most_tokens: int = 0,
     shoot: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
     """Upload → caption → ask → draw → preview → image → follow-up with the drawing as input.
@@ -133,6 +149,7 @@ def walk(
         picture: the file to upload.
         prompt: the whole message that asks for a drawing.
         instruction: the message that asks for a caption.
+        most_tokens: of each reply.
         shoot: called with the name of each state worth a picture.
 
     Returns:
@@ -140,14 +157,17 @@ def walk(
     """
     steps = Walk(page)
     shoot("open")
+    if most_tokens:
+        steps.limit(most_tokens)
     steps.choose("Text only")
     steps.attach(picture)
     caption = steps.ask(instruction)
     answer = steps.ask("What colour is it?")
     shoot("caption")
     steps.choose("Draw")
+    page.evaluate(COUNT_PREVIEWS)
     steps.send(prompt)
-    page.locator("#chat img.preview").wait_for()
+    page.wait_for_function("previews > 0")
     shoot("preview")
     steps.drawn().wait_for()
     steps.rest()
@@ -193,7 +213,7 @@ def main() -> None:
                 picture,
                 processor.draw_instruction.replace("{prompt}", arguments.prompt),
                 processor.caption_instruction,
-                shoot,
+                shoot=shoot,
             )
             page.set_viewport_size(PHONE)
             shoot("phone")

@@ -24,6 +24,7 @@ from unimodal.serving.chat_client import (
     Picture,
     Settings,
     Turn,
+    model_cards,
     read_data_uri,
     read_picture,
     request_body,
@@ -161,7 +162,8 @@ def test_settings_become_a_request(mode: Any, modalities: Any) -> None:
             "partial_images": 3,
         }
     plain = request_body([], "toy", Settings())
-    assert "seed" not in plain
+    assert not {"seed", "max_tokens"} & plain.keys()
+    assert request_body([], "toy", Settings(max_tokens=5))["max_tokens"] == 5
     assert not {"budget", "guidance_scale"} & plain["image"].keys()
 
 
@@ -203,6 +205,12 @@ def test_what_a_model_card_tells() -> None:
     assert (card.side_pixels, card.budget, card.codebook_size) == (16, (2, 48), 64)
     assert ModelCard("toy", {"codes": codes, "nested": False}).budget is None
     assert ModelCard("toy", {"defaults": {"guidance_scale": 1.0}}).guidance == 1
+    listed = [
+        {"id": "toy", "root": "/models/toy", "unimodal": {"nested": False}},
+        {"id": "/models/toy", "root": "/models/toy"},
+        {"id": "cats", "root": "/adapters/cats", "parent": "toy"},
+    ]
+    assert [item.name for item in model_cards(listed)] == ["toy", "cats"]
     unknown = ModelCard("gpt")
     assert (unknown.side_pixels, unknown.budget, unknown.guidance) == (None, None, 3)
 

@@ -20,6 +20,8 @@ from unimodal.serving.check import Server
 
 ROOT = Path(__file__).parents[2]
 API_KEY = "sk-not-for-the-page"
+MOST_TOKENS = 60
+"""Of a reply: room for an image of 48 codes and a few words. A random model never stops itself."""
 
 needs_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed")
 in_a_browser = [
@@ -137,7 +139,7 @@ def test_upload_caption_ask_draw_preview_image_follow_up(
 ) -> None:
     assert "draws 16 × 16 pixels" in page.locator("#status").inner_text()
     assert page.get_by_label("number input for Budget").input_value() == "48"
-    said = walk(page, picture, "Draw: a red star", "Describe the picture.")
+    said = walk(page, picture, "Draw: a red star", "Describe the picture.", most_tokens=MOST_TOKENS)
     assert said["caption"]
     assert said["answer"]
     assert said["follow_up"]
@@ -158,14 +160,13 @@ def test_upload_caption_ask_draw_preview_image_follow_up(
 @browsing
 def test_regenerate_draws_anew_and_clear_forgets(page: Any) -> None:
     steps = Walk(page)
+    steps.limit(MOST_TOKENS)
     steps.choose("Draw")
     steps.send("Draw: a ring")
     steps.drawn().wait_for()
     steps.rest()
-    first, seed = (
-        steps.drawn().get_attribute("src"),
-        page.get_by_label("Seed", exact=True).input_value(),
-    )
+    field = page.get_by_label("Seed", exact=True)
+    first, seed = steps.drawn().get_attribute("src"), field.input_value()
     page.get_by_role("button", name="Regenerate").click()
     page.wait_for_function(
         "old => { const now = document.querySelector('#chat img.drawn');"
@@ -173,7 +174,7 @@ def test_regenerate_draws_anew_and_clear_forgets(page: Any) -> None:
         arg=first,
     )
     steps.rest()
-    assert page.get_by_label("Seed", exact=True).input_value() != seed
+    assert field.input_value() != seed
     # The seed that is shown draws the same picture again.
     second = steps.drawn().get_attribute("src")
     page.get_by_label("A new seed each time").uncheck()
@@ -207,10 +208,6 @@ def eventually(condition: Any, seconds: float) -> bool:
 def begin_a_long_reply(page: Any, server: Server) -> None:
     steps = Walk(page)
     steps.choose("Text only")
-    page.get_by_role("button", name="Text", exact=False).first.click()
-    tokens = page.get_by_label("number input for Most tokens")
-    tokens.fill("4096")
-    tokens.blur()
     steps.send("Tell me everything.")
     assert eventually(lambda: running_requests(server) > 0, 20)
 
@@ -235,6 +232,7 @@ def test_a_closed_tab_takes_its_request_along(page: Any, server: Server) -> None
 def test_an_error_of_the_server_is_shown_and_a_phone_has_no_sideways_scrolling(page: Any) -> None:
     steps = Walk(page)
     page.set_viewport_size(PHONE)
+    steps.limit(MOST_TOKENS)
     steps.choose("Draw")
     steps.send("red " * 20_000)
     told = page.locator("#chat").get_by_text("No answer")

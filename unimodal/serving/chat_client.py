@@ -10,7 +10,7 @@ import base64
 import binascii
 import hashlib
 import io
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -152,7 +152,8 @@ class Settings:
     previews: int = 3
     negative_prompt: str = ""
     temperature: float = 0.7
-    max_tokens: int = 512
+    max_tokens: int = 0
+    """Most tokens of a reply; 0: as many as the model's context has room for."""
     seed: int | None = None
 
 
@@ -163,8 +164,9 @@ def request_body(messages: list[dict[str, Any]], model: str, settings: Settings)
         "messages": messages,
         "stream": True,
         "temperature": settings.temperature,
-        "max_tokens": settings.max_tokens,
     }
+    if settings.max_tokens:
+        body["max_tokens"] = settings.max_tokens
     if settings.seed is not None:
         body["seed"] = settings.seed
     modalities = _MODALITIES[settings.mode]
@@ -300,6 +302,17 @@ class ModelCard:
         return GUIDANCE if default is None else float(default)
 
 
+def model_cards(listed: Sequence[Mapping[str, Any]]) -> list[ModelCard]:
+    """Read the list of models; of several names of one model (``root``), the first."""
+    cards, roots = [], set()
+    for item in listed:
+        root = item.get("root") or item["id"]
+        if root not in roots:
+            roots.add(root)
+            cards.append(ModelCard(item["id"], item.get("unimodal") or {}))
+    return cards
+
+
 class Connection:
     """A server at an OpenAI-compatible address."""
 
@@ -324,10 +337,9 @@ class Connection:
             page = await self._client.with_options(timeout=CONNECT_SECONDS).models.list()
         except Exception as error:
             raise self._readable(error) from error
-        cards = [item.model_dump() for item in page.data]
-        return [ModelCard(card["id"], card.get("unimodal") or {}) for card in cards]
+        return model_cards([item.model_dump() for item in page.data])
 
-    async def answer(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def answer(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """Send a chat request and yield its chunks.
 
         Closing the iterator, or cancelling the task that reads it, closes the HTTP stream; the

@@ -3,7 +3,7 @@
 import asyncio
 import html
 import secrets
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -166,7 +166,7 @@ class Replies:
 
     async def receive(
         self, session: str, chat: Chat, turn: Turn, model: str | None, settings: Settings
-    ) -> AsyncIterator[None]:
+    ) -> AsyncGenerator[None, None]:
         """Ask the server for a turn's reply; yields each time it grew, and when it is over.
 
         Whatever ends this early (Stop, a closed tab) closes the HTTP stream too.
@@ -203,7 +203,7 @@ class Replies:
         self, chat: Chat, turn: Turn, model: str | None, settings: Settings, news: asyncio.Event
     ) -> None:
         try:
-            name = model or (await self.connection.models())[0].name
+            name = model or await self._first_model()
             body = request_body(chat.messages(), name, settings)
             async with aclosing(self.connection.answer(body)) as chunks:
                 async for chunk in chunks:
@@ -214,6 +214,13 @@ class Replies:
             turn.state = "stopped"
         except UnimodalError as error:
             turn.state, turn.note = "failed", str(error)
+
+    async def _first_model(self) -> str:
+        """The name to ask for where the page was opened before the server was up."""
+        cards = await self.connection.models()
+        if not cards:
+            raise ServingError(f"{self.connection.url} serves no model")
+        return cards[0].name
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -241,7 +248,9 @@ class SettingsPanel:
             negative = gr.Textbox(label="Negative prompt", placeholder="What not to draw")
         with gr.Accordion("Text", open=False):
             temperature = gr.Slider(0, 2, 0.7, step=0.05, label="Text temperature")
-            max_tokens = gr.Slider(1, 4096, 512, step=1, label="Most tokens")
+            max_tokens = gr.Slider(
+                0, 4096, 0, step=1, label="Most tokens", info="0: as many as fit"
+            )
         with gr.Accordion("Seed", open=True):
             self.new_seed = gr.Checkbox(True, label="A new seed each time")
             self.seed = gr.Number(0, precision=0, minimum=0, maximum=MOST_SEED, label="Seed")
@@ -406,6 +415,8 @@ class ChatPage:
         """When the page opens: ask the server what it can do."""
         try:
             cards = await self.connection.models()
+            if not cards:
+                raise ServingError(f"{self.connection.url} serves no model")
         except ServingError as error:
             return {self.status: f"**Not connected:** {html.escape(str(error), quote=False)}"}
         card = cards[0]
