@@ -99,7 +99,7 @@ class Walk:
         """Set the most tokens of a reply, in the settings that are folded away at first."""
         field = self.page.get_by_label("number input for Most tokens")
         if not field.is_visible():
-            self.page.get_by_role("button", name="Text", exact=True).click()
+            self.page.locator("button.label-wrap", has_text="Text").click()
         field.fill(str(tokens))
         field.press("Tab")
 
