@@ -1,4 +1,4 @@
-"""The server under bad conditions: smuggled control tokens, limits, leaving clients, overload, death.
+"""The server under bad conditions: smuggled control tokens, limits, leaving clients, overload.
 
 Two servers of this file's own, which it also brings down: one with an API key and low limits, that
 is told to stop at the end; one with two API processes, whose engine is killed.
@@ -35,25 +35,16 @@ pytestmark = [
 KEY = "sk-test"
 CHAT, IMAGES, EDITS = "/v1/chat/completions", "/v1/images/generations", "/v1/images/edits"
 LIMITS = [
-    "--max-num-seqs",
-    "8",
-    "--max-queue",
-    "4",
-    "--max-images",
-    "3",
-    "--max-prompt-tokens",
-    "300",
-    "--max-image-tokens",
-    "200",
-    "--max-image-pixels",
-    "10000",
-    "--max-body-mib",
-    "1",
-    "--image-hosts",
-    "localhost",
+    *("--max-num-seqs", "8"),
+    *("--max-queue", "4"),
+    *("--max-images", "3"),
+    *("--max-prompt-tokens", "300"),
+    *("--max-image-tokens", "200"),
+    *("--max-image-pixels", "10000"),
+    *("--max-body-mib", "1"),
+    *("--image-hosts", "localhost"),
     "--allow-http-images",
-    "--shutdown-timeout",
-    "30",
+    *("--shutdown-timeout", "30"),
 ]
 
 # Everything that a request can say stands in the prompt, as it does with large models' templates.
