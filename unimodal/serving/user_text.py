@@ -5,6 +5,8 @@ vLLM renders, everything that its template sees goes through here.
 """
 
 import inspect
+import json
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -60,8 +62,25 @@ def harmless_request(
     """
     _require_no_picture(body["messages"], why)
     clean = partial(harmless, tokenizer=processor.tokenizer, extension=processor.vocabulary)
-    present = [name for name in RENDERED if body.get(name)]
-    return {**body, **{name: harmless_values(body[name], clean) for name in present}}
+    present = {name: _arguments_read(body[name]) for name in RENDERED if body.get(name)}
+    return {**body, **harmless_values(present, clean)}
+
+
+def _arguments_read(value: Any) -> Any:
+    """Return messages whose tool calls' arguments hold no JSON escapes.
+
+    vLLM reads the arguments before it gives them to the template, so an escaped letter would be one
+    again behind our back.
+    """
+    if isinstance(value, list):
+        return [_arguments_read(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    read = {key: _arguments_read(item) for key, item in value.items()}
+    if isinstance(value.get("arguments"), str):
+        with suppress(ValueError):
+            read["arguments"] = json.dumps(json.loads(value["arguments"]), ensure_ascii=False)
+    return read
 
 
 def _require_no_picture(value: Any, why: str) -> None:
