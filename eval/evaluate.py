@@ -381,7 +381,7 @@ def _dialogues(run: _Run, level: Level | None) -> dict[str, Any]:
                 going, _answer_in_dialogues(run, [talks[i] for i in going]), strict=True
             ):
                 question, answer = asked[i][turn]
-                row = {"picture": drawn[i], "reference": answer, "answer": text}
+                row: dict[str, Any] = {"picture": drawn[i], "reference": answer, "answer": text}
                 rows.append({**row, "caption": f"{plan[i].text} – {question} – {text}"})
         advance(len(plan))
     answers = score_answers([r["answer"] for r in rows], [r["reference"] for r in rows])

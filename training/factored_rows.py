@@ -1,31 +1,45 @@
 """Rows of the image vocabulary that share what their codes share.
 
 A code of FSQ or of a product quantizer is a combination of factors: a mask, a colour, a ground.
-Trained freely, the row of a combination that training never shows learns nothing but that it never
-comes. Here the row of a code is its own row plus the sum of its factors' rows, and a code that the
-training data do not hold gets only the sum. So whatever is learnt of "red" and of "star" holds for
-a red star too. What is saved is an ordinary PEFT adapter: the sums are folded into the codes' rows.
+Trained freely, the row of a combination that training never shows learns nothing but that it
+never comes. Here the row of a code is what it started as, plus a deviation of its own, plus the sum
+of its factors' rows; a code that the training data do not hold gets no deviation of its own. So
+whatever is learnt of "red" and of "star" holds for a red star too.
+
+Sums alone cannot say that either a red star or a blue ring may come and a blue star may not; the
+codes' own deviations can. So that the model does not come to rely on these, a share of the codes is
+left without theirs in every forward pass of the training (``dropout``), as combinations that it
+never saw are for good.
+
+What is saved is an ordinary PEFT adapter: everything is folded into the codes' rows.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 FACTOR_ROWS = "factor_rows"
 """Name of the parameter, (number of factors' values, D), that holds the shared rows."""
+STATE_FILE = "factored_rows.safetensors"
+"""Beside a checkpoint's adapter: the parts that are folded there, apart."""
 
 
-def share_rows(model: nn.Module, factors: np.ndarray, seen: np.ndarray) -> None:
+def share_rows(model: nn.Module, factors: np.ndarray, seen: np.ndarray, dropout: float) -> None:
     """Let the rows of an adapter share their factors' rows, in place.
 
     Args:
         model: a PEFT model that trains the rows of start, end and all codes, in this order.
         factors: int64 (K, number of factors): which shared rows each code sums up.
         seen: bool (K,): the codes that training shows. The others' own rows stay as they are.
+        dropout: share of the codes that do without their own deviation in a forward pass.
     """
     columns = torch.from_numpy(factors)
     mask = torch.cat([torch.ones(2), torch.from_numpy(seen).float()]).unsqueeze(1)
@@ -36,23 +50,60 @@ def share_rows(model: nn.Module, factors: np.ndarray, seen: np.ndarray) -> None:
                 shared = own.new_zeros(int(factors.max()) + 1, own.shape[1])
                 layer.register_parameter(FACTOR_ROWS, nn.Parameter(shared))
                 own.register_hook(partial(_only_seen, mask.to(own.device)))
-        layer.get_merged_weights = partial(_merged_weights, layer, owner, columns)
+        layer.get_merged_weights = partial(_merged_weights, layer, owner, columns, dropout)
 
 
-def fold_shared_rows(model: nn.Module) -> None:
-    """Add the factors' rows to the codes' own and set them to zero: the same function."""
-    for layer in _layers(model):
-        shared = getattr(layer, FACTOR_ROWS, None)
-        if shared is not None:
+@contextmanager
+def folded(model: nn.Module) -> Iterator[None]:
+    """Hold the factors' rows inside the codes' own while the block runs: what PEFT saves then is
+    the whole function."""
+    kept = []
+    with torch.no_grad():
+        for layer in _sharing(model):
             columns = layer.get_merged_weights.args[2]
-            with torch.no_grad():
-                for own in layer.trainable_tokens_delta.values():
-                    own += _sums(shared, columns)
-                shared.zero_()
+            for own in layer.trainable_tokens_delta.values():
+                kept.append((own, own.clone()))
+                own += _sums(getattr(layer, FACTOR_ROWS), columns)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for own, before in kept:
+                own.copy_(before)
+
+
+def save_parts(model: nn.Module, folder: str | Path) -> None:
+    """Write the codes' own rows and the factors' rows apart, where there are any, to go on from."""
+    parts = {name: p.detach().contiguous() for name, p in _parts(model).items()}
+    if parts:
+        save_file(parts, Path(folder) / STATE_FILE)
+
+
+def load_parts(model: nn.Module, folder: str | Path) -> None:
+    """The inverse of :func:`save_parts`."""
+    parts = _parts(model)
+    if parts:
+        saved = load_file(Path(folder) / STATE_FILE)
+        with torch.no_grad():
+            for name, parameter in parts.items():
+                parameter.copy_(saved[name])
 
 
 def _layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, TrainableTokensLayer)]
+
+
+def _sharing(model: nn.Module) -> list[Any]:
+    return [layer for layer in _layers(model) if hasattr(layer, FACTOR_ROWS)]
+
+
+def _parts(model: nn.Module) -> dict[str, nn.Parameter]:
+    found: dict[str, nn.Parameter] = {}
+    for number, layer in enumerate(_sharing(model)):
+        found[f"{number}.{FACTOR_ROWS}"] = getattr(layer, FACTOR_ROWS)
+        for name, own in layer.trainable_tokens_delta.items():
+            found[f"{number}.own.{name}"] = own
+    return found
 
 
 def _sums(shared: Tensor, columns: Tensor) -> Tensor:
@@ -65,11 +116,19 @@ def _only_seen(mask: Tensor, gradient: Tensor) -> Tensor:
     return gradient * mask
 
 
-def _merged_weights(layer: Any, owner: Any, columns: Tensor, active_adapters: Any) -> Tensor:
+def _merged_weights(
+    layer: Any, owner: Any, columns: Tensor, dropout: float, active_adapters: Any
+) -> Tensor:
     """PEFT's ``TrainableTokensLayer.get_merged_weights``, with the factors' rows added."""
     weight = layer.base_layer.weight
     for name in active_adapters:
-        rows = layer.trainable_tokens_delta[name] + _sums(getattr(owner, FACTOR_ROWS), columns)
+        rows = layer.trainable_tokens_delta[name]
+        if dropout and owner.training:
+            start = layer.trainable_tokens_original[name].to(rows)
+            keep = torch.rand(len(rows), 1, device=rows.device) >= dropout
+            keep[:2] = True
+            rows = torch.where(keep, rows, start)
+        rows = rows + _sums(getattr(owner, FACTOR_ROWS), columns)
         index = torch.tensor(layer.token_indices[name], device=weight.device)
         weight = weight.index_copy(0, index, rows.to(weight))
     return weight

@@ -28,7 +28,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from tokenizer_hf.errors import ConfigurationError
 from tokenizer_hf.files import atomic_write
 from training.data.collate import Steps, collate
-from training.factored_rows import fold_shared_rows
+from training.factored_rows import folded, load_parts, save_parts
 from training.optimizer import make_optimizer
 from training.precision import bf16_is_faster
 from training.recipes import DIRECTIONS, LossRecipe, OptimizerRecipe
@@ -287,9 +287,15 @@ class UnimodalTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = output_dir or self.args.output_dir
         model: Any = self.accelerator.unwrap_model(self.model)
-        fold_shared_rows(model)
         extra = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
-        model.save_pretrained(folder, state_dict=state_dict, **extra)
+        with folded(model):
+            model.save_pretrained(folder, state_dict=state_dict, **extra)
+        if self._saving_into is not None:
+            save_parts(model, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_parts(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
 
     def write_metrics(self) -> None:
         """Write everything logged so far to ``metrics.jsonl``, one JSON object a line."""

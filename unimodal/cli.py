@@ -303,9 +303,16 @@ def quantize(
 
 # --- caption, draw, chat --------------------------------------------------------------------------
 
+SHIPPED = "shipped:model"
 Model = Annotated[
     str,
-    typer.Option("--model", "-m", metavar="DIR", help="A merged model: a folder, or a hub id."),
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="DIR",
+        help="A merged model: a folder, or a hub id. Default: the small one that comes with us.",
+        show_default=False,
+    ),
 ]
 Adapter = Annotated[
     str | None,
@@ -324,7 +331,7 @@ def caption(
     pictures: Annotated[
         list[Path], typer.Argument(metavar="PICTURE...", help="PNG, JPEG, WebP, GIF, ...")
     ],
-    model: Model,
+    model: Model = SHIPPED,
     instruction: Annotated[
         str | None,
         typer.Option("--ask", help="Ask this instead of the model's own “Describe the picture.”"),
@@ -378,7 +385,7 @@ def caption(
 
 @app.command()
 def draw(
-    model: Model,
+    model: Model = SHIPPED,
     prompts: Annotated[
         list[str] | None, typer.Argument(metavar="PROMPT...", help="What to draw.")
     ] = None,
@@ -402,12 +409,19 @@ def draw(
         ),
     ] = None,
     guidance: Annotated[
-        float,
-        typer.Option(min=0, help="1: off. 2 to 5: follow the prompt more closely, vary less."),
-    ] = 3.0,
+        float | None,
+        typer.Option(
+            min=0,
+            help="1: off. 2 to 5: follow the prompt more closely, vary less. Default: the model's.",
+        ),
+    ] = None,
     temperature: Annotated[
-        float, typer.Option(min=0, help="Below 1: safer. Above: wilder. 0: the likeliest picture.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            min=0,
+            help="Below 1: safer. Above: wilder. 0: the likeliest picture. Default: the model's.",
+        ),
+    ] = None,
     top_k: Annotated[
         int | None, typer.Option(min=1, help="Choose among this many likeliest codes.")
     ] = None,
@@ -449,7 +463,14 @@ def draw(
     from tqdm import tqdm
 
     from tokenizer_hf.errors import ConfigurationError, MessageError
+    from unimodal.processing_unimodal import read_draw_settings
+    from unimodal.shipped import resolve
 
+    model = resolve(model)
+    own = read_draw_settings(model)
+    guidance = own["guidance"] if guidance is None else guidance
+    temperature = own["temperature"] if temperature is None else temperature
+    top_k = own["top_k"] if top_k is None else top_k
     if file is not None:
         if prompts:
             raise ConfigurationError(f"prompts came both as words and as --prompts {file}")
@@ -570,7 +591,7 @@ def _draw_file(
 
 @app.command()
 def chat(
-    model: Model,
+    model: Model = SHIPPED,
     images: Annotated[
         str,
         typer.Option(
@@ -585,8 +606,12 @@ def chat(
         float, typer.Option(min=0, help="Of the words; 0: always the likeliest.")
     ] = 0.7,
     top_k: Annotated[int | None, typer.Option(min=1, help="Of the words.")] = 50,
-    guidance: Annotated[float, typer.Option(min=0, help="Of the pictures; 1: off.")] = 3.0,
-    image_temperature: Annotated[float, typer.Option(min=0, help="Of the pictures.")] = 1.0,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, help="Of the pictures; 1: off. Default: the model's.")
+    ] = None,
+    image_temperature: Annotated[
+        float | None, typer.Option(min=0, help="Of the pictures. Default: the model's own.")
+    ] = None,
     image_top_k: Annotated[int | None, typer.Option(min=1, help="Of the pictures.")] = None,
     budget: Annotated[
         int | None, typer.Option(min=1, help="Codes of a picture, where its tokenizer is nested.")

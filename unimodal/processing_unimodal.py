@@ -640,6 +640,15 @@ def _require_match(tokenizer: Any, vq_model: Any, vocabulary: ImageVocabulary) -
         )
 
 
+def read_draw_settings(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return how a merged folder or hub id draws best, without loading it: see ``draw_settings``.
+
+    Raises:
+        CheckpointError: a folder that is missing, or holds no merged model.
+    """
+    return {**DRAW_DEFAULTS, **_read_config(_local_folder(name_or_path)).get("draw_settings", {})}
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / PROCESSOR_FILE
     if not path.is_file():

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from tests.toy import save_llm, tiny_image_tokenizer
 from training.adapters import add_adapter, is_adapter_row
-from training.factored_rows import FACTOR_ROWS, fold_shared_rows, share_rows
+from training.factored_rows import FACTOR_ROWS, folded, share_rows
 from training.language_model import load_model
 from training.recipes import LanguageModelRecipe, LoraRecipe, build_recipe
 from unimodal.merge import merge
@@ -36,12 +37,12 @@ def recipe_of(parts: Path, **settings: Any) -> LanguageModelRecipe:
     return build_recipe(LanguageModelRecipe, {"dtype": "float32", "attention": "eager", **content})
 
 
-def adapted(parts: Path, seen: np.ndarray) -> tuple[Any, Any]:
+def adapted(parts: Path, seen: np.ndarray, dropout: float = 0.0) -> tuple[Any, Any]:
     torch.manual_seed(0)
     vocabulary = UnimodalProcessor.from_pretrained(parts / "merged").vocabulary
     model = load_model(parts / "merged", recipe_of(parts))
     model = add_adapter(model, vocabulary, LoraRecipe(rank=2))
-    share_rows(model, FACTORS, seen)
+    share_rows(model, FACTORS, seen, dropout)
     return model, vocabulary
 
 
@@ -64,9 +65,15 @@ def test_a_code_gets_its_own_row_and_the_sum_of_its_factors(parts: Path) -> None
     start = vocabulary.start_token_id
     assert torch.equal(embedding[start : start + 2], base[start : start + 2])
 
-    fold_shared_rows(model)
-    assert not any(one.any() for one in shared)
-    torch.testing.assert_close(model(input_ids=ids).logits, changed)
+    with folded(model):
+        saved = {name: p.clone() for name, p in get_peft_model_state_dict(model).items()}
+    assert not any(FACTOR_ROWS in name for name in saved)
+    assert torch.equal(model(input_ids=ids).logits, changed)  # nothing has moved
+    plain = add_adapter(
+        load_model(parts / "merged", recipe_of(parts)), vocabulary, LoraRecipe(rank=2)
+    )
+    set_peft_model_state_dict(plain, saved)
+    torch.testing.assert_close(plain(input_ids=ids).logits, changed)
 
 
 def test_unseen_codes_learn_through_their_factors_only(parts: Path) -> None:
@@ -81,3 +88,20 @@ def test_unseen_codes_learn_through_their_factors_only(parts: Path) -> None:
             assert parameter.grad[2 + 4].any() and parameter.grad[:2].any()
         elif name.endswith(FACTOR_ROWS):
             assert parameter.grad.any(1).all()
+
+
+def test_dropout_leaves_codes_with_their_factors_rows_in_training_only(parts: Path) -> None:
+    model, vocabulary = adapted(parts, np.ones(12, bool), dropout=0.5)
+    table = model.get_input_embeddings()
+    own = table.token_adapter.trainable_tokens_delta["default"]
+    before = own.detach().clone()
+    with torch.no_grad():
+        own += 1.0
+    codes = slice(vocabulary.offsets[0] - 2, vocabulary.offsets[0] + 12)
+    model.eval()
+    torch.testing.assert_close(table.weight[codes], before + 1.0)
+    model.train()
+    moved = torch.stack([(table.weight[codes] - before).mean(1) for _ in range(200)]).detach()
+    assert set(moved.round().unique().tolist()) == {0.0, 1.0}
+    assert (moved[:, :2].round() == 1).all()  # start and end always have theirs
+    assert 0.4 < moved[:, 2:].mean() < 0.6

@@ -277,7 +277,9 @@ class SettingsPanel:
         card, names = cards[0], [card.name for card in cards]
         least, most = card.budget or (1, 2)
         problem = card.guidance_problem
-        guidance = {"info": f"Off: {problem}", "interactive": False} if problem else {}
+        guidance: dict[str, Any] = (
+            {"info": f"Off: {problem}", "interactive": False} if problem else {}
+        )
         return {
             self.model: gr.Dropdown(choices=names, value=names[0], visible=len(names) > 1),
             self.guidance: gr.Slider(value=card.default("guidance_scale", GUIDANCE), **guidance),

@@ -52,7 +52,7 @@ class Drawing:
 
     def settings(self, options: ImageOptions, seed: int) -> DrawSettings:
         """Return how one image is drawn."""
-        own = self.processor.draw_settings
+        own = self.prompts.processor.draw_settings
         top_k = own["top_k"] if options.top_k is None else options.top_k
         return DrawSettings(
             temperature=own["temperature"] if options.temperature is None else options.temperature,
@@ -66,7 +66,11 @@ class Drawing:
         """Return the guidance that was asked for, or what this server takes without a word."""
         if options.guidance_scale is not None:
             return options.guidance_scale
-        return 1.0 if self.segments.guidance_problem else self.processor.draw_settings["guidance"]
+        return (
+            1.0
+            if self.segments.guidance_problem
+            else self.prompts.processor.draw_settings["guidance"]
+        )
 
     def span_tokens(self, options: ImageOptions) -> int:
         """Return how many token ids an image of these options takes at most.

@@ -177,8 +177,8 @@ def log_requests_to(target: str) -> None:
 
     A file that is moved away (logrotate) is opened anew.
     """
-    for handler in list(_logger.handlers):
-        _logger.removeHandler(handler)
+    for old in list(_logger.handlers):
+        _logger.removeHandler(old)
     _logger.propagate = False
     _logger.setLevel(logging.CRITICAL + 1 if target == "off" else logging.INFO)
     if target == "off":
