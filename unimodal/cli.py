@@ -1033,6 +1033,123 @@ def serve(
         str | None,
         typer.Option(metavar="TOPIC", help="Show vLLM's own flags: `all`, a section or a flag."),
     ] = None,
+    max_queue: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Requests that may wait beyond --max-num-seqs; more are answered 429.",
+            envvar="UNIMODAL_MAX_QUEUE",
+            rich_help_panel="Limits",
+        ),
+    ] = 256,
+    max_body_mib: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Largest request body, MiB; larger ones are answered 413.",
+            envvar="UNIMODAL_MAX_BODY_MIB",
+            rich_help_panel="Limits",
+        ),
+    ] = 64,
+    request_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds until a request is ended; 0 for no limit.",
+            envvar="UNIMODAL_REQUEST_TIMEOUT",
+            rich_help_panel="Limits",
+        ),
+    ] = 600,
+    reader_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds that a client may leave an answer unread; 0 for no limit.",
+            envvar="UNIMODAL_READER_TIMEOUT",
+            rich_help_panel="Limits",
+        ),
+    ] = 60,
+    max_images: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Images in one request, history included.",
+            envvar="UNIMODAL_MAX_IMAGES",
+            rich_help_panel="Limits",
+        ),
+    ] = 32,
+    max_image_pixels: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Pixels of one image, before it is decoded; 0 takes the model's own limit.",
+            envvar="UNIMODAL_MAX_IMAGE_PIXELS",
+            rich_help_panel="Limits",
+        ),
+    ] = 0,
+    max_prompt_tokens: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Ids of one prompt, images included; 0 leaves it to --max-model-len.",
+            envvar="UNIMODAL_MAX_PROMPT_TOKENS",
+            rich_help_panel="Limits",
+        ),
+    ] = 0,
+    max_image_tokens: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Image ids that one request may have drawn; 0 for no limit.",
+            envvar="UNIMODAL_MAX_IMAGE_TOKENS",
+            rich_help_panel="Limits",
+        ),
+    ] = 16384,
+    image_hosts: Annotated[
+        str,
+        typer.Option(
+            metavar="HOSTS",
+            help="Hosts that images may be fetched from, with commas: host, host:port, *.domain.",
+            envvar="UNIMODAL_IMAGE_HOSTS",
+            rich_help_panel="Limits",
+        ),
+    ] = "",
+    image_fetch_mib: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Largest fetched image, MiB.",
+            envvar="UNIMODAL_IMAGE_FETCH_MIB",
+            rich_help_panel="Limits",
+        ),
+    ] = 20,
+    image_fetch_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds for fetching one image, redirects included.",
+            envvar="UNIMODAL_IMAGE_FETCH_TIMEOUT",
+            rich_help_panel="Limits",
+        ),
+    ] = 10,
+    allow_http_images: Annotated[
+        bool,
+        typer.Option(
+            "--allow-http-images",
+            help="Fetch images over plain http too.",
+            envvar="UNIMODAL_ALLOW_HTTP_IMAGES",
+            rich_help_panel="Limits",
+        ),
+    ] = False,
+    request_log: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="Where the JSON line per request goes: `-` standard error, `off`, or a file.",
+            envvar="UNIMODAL_REQUEST_LOG",
+            rich_help_panel="Limits",
+        ),
+    ] = "-",
 ) -> None:
     """Serve a merged model with vLLM: images in, images out, OpenAI's HTTP interface.
 
@@ -1043,19 +1160,36 @@ def serve(
         unimodal serve my-model --vllm-help all
 
     On a CPU these are set unless you give them: `--enforce-eager`, `--max-model-len auto`,
-    `--dtype float32` (for float32 checkpoints) and `VLLM_CPU_KVCACHE_SPACE=1` (GiB).
+    `--dtype float32` (for float32 checkpoints) and `VLLM_CPU_KVCACHE_SPACE=1` (GiB); everywhere
+    `--shutdown-timeout 30`, the seconds that requests at work have after SIGTERM.
 
     Then, with any OpenAI client: `/v1/chat/completions` takes `image_url` parts with data URIs, and
     answers with an image where `modalities` holds `"image"`; `/v1/images/generations` draws. See
     docs/serving.md.
     """
+    from unimodal.serving.limits import Limits
     from unimodal.serving.serve import serve as run
     from unimodal.serving.serve import show_flags
 
     if vllm_help is not None:
         show_flags(vllm_help)
-    else:
-        run(folder, context.args)
+        return
+    limits = Limits(
+        max_queue=max_queue,
+        max_body_mib=max_body_mib,
+        request_timeout=request_timeout,
+        reader_timeout=reader_timeout,
+        max_images=max_images,
+        max_image_pixels=max_image_pixels,
+        max_prompt_tokens=max_prompt_tokens,
+        max_image_tokens=max_image_tokens,
+        image_hosts=image_hosts,
+        image_fetch_mib=image_fetch_mib,
+        image_fetch_timeout=image_fetch_timeout,
+        allow_http_images=allow_http_images,
+        request_log=request_log,
+    )
+    run(folder, context.args, limits)
 
 
 @app.command()
@@ -1372,3 +1506,36 @@ def _one_line(message: object) -> str:
 
 if __name__ == "__main__":
     main()
+
+
+@bench.command("soak")
+def bench_soak(
+    model: Annotated[str, typer.Option(help="A merged model: folder or hub id.")],
+    requests: Annotated[int, typer.Option(min=1, help="Requests, at least.")] = 2000,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 64,
+    minutes: Annotated[float, typer.Option(min=0, help="Go on for that long.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the JSON here.")] = None,
+    log: Annotated[Path | None, typer.Option(help="Write the server's output here.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the traffic.")] = 0,
+    serve: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FLAG", help="A flag for `unimodal serve`; may be given again."),
+    ] = None,
+) -> None:
+    """Serve a model and send it mixed traffic: captions, questions, drawings, guided drawings,
+    streams, malformed and abandoned requests.
+
+    Reports errors, malformed images, restarts of guided pairs, what still runs at the end, and the
+    memory of all server processes over time. Ends with 1 if anything of it is wrong: an error, more
+    than 5 % restarts, memory that grew by more than 5 %.
+
+        unimodal bench soak --model my-model --serve=--max-num-seqs=64
+    """
+    from unimodal.serving.soak import require_flat, run_soak
+
+    flags = tuple(serve or ())
+    result = run_soak(
+        model, requests, concurrency, minutes, seed=seed, vllm_args=flags, out=out, log=log
+    )
+    typer.echo(result["summary"])
+    require_flat(result)

@@ -12,6 +12,8 @@ from typing import Any
 
 from PIL import Image
 
+from unimodal.generation.grammar import ImageSpanGrammar
+from unimodal.serving import metrics
 from unimodal.serving.openai_shapes import ImageOptions
 from unimodal.serving.prompts import Prompts
 from unimodal.serving.segments import DrawSettings, ImageSegments
@@ -66,6 +68,14 @@ class Drawing:
             return options.guidance_scale
         return 1.0 if self.segments.guidance_problem else self.processor.draw_settings["guidance"]
 
+    def span_tokens(self, options: ImageOptions) -> int:
+        """Return how many token ids an image of these options takes at most.
+
+        Raises:
+            ConfigurationError: a budget that the image tokenizer does not have.
+        """
+        return ImageSpanGrammar(self.vocabulary, max_codes=options.budget).max_span_ids
+
     async def negative(self, options: ImageOptions) -> list[int]:
         """The unconditional prompt; not needed, and empty, where guidance is off."""
         if self.guidance(options) == 1:
@@ -112,7 +122,8 @@ class Drawing:
         try:
             while (ids := await previews.next()) is not None:
                 codes = self.vocabulary.to_codes(ids)
-                image = await self.codec.decode_beginning(codes)
+                with metrics.timed("decode", metrics.DECODE_SECONDS):
+                    image = await self.codec.decode_beginning(codes)
                 if image is not None and not drawing.done():
                     yield Preview(image)
             span = await drawing
@@ -121,7 +132,9 @@ class Drawing:
             with suppress(asyncio.CancelledError, Exception):
                 await drawing
         codes = self.vocabulary.to_codes(span[1:-1])
-        [image] = await self.codec.decode([codes])
+        with metrics.timed("decode", metrics.DECODE_SECONDS):
+            [image] = await self.codec.decode([codes])
+        metrics.went_out(1, len(span))
         yield Drawn(image, codes, span)
 
 

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse, Response
 
 from tokenizer_hf.errors import UnimodalError
 from unimodal.serving.drawing import Drawing, Drawn, Preview
+from unimodal.serving.lifecycle import ENGINE_DEAD
 from unimodal.serving.openai_shapes import (
     ImageData,
     ImageEvent,
@@ -23,7 +24,7 @@ from unimodal.serving.openai_shapes import (
 )
 from unimodal.serving.replies import EventStream
 from unimodal.serving.segments import together
-from unimodal.serving.vllm_private import merge_async_iterators
+from unimodal.serving.vllm_private import EngineDeadError, merge_async_iterators
 
 
 class ImagesReply:
@@ -104,6 +105,8 @@ class ImagesReply:
                     yield event(item.model_dump(exclude_none=True), item.type)
         except UnimodalError as error:
             yield event(error_body(str(error), 503, "ServiceUnavailableError"), "error")
+        except EngineDeadError:
+            yield event(error_body(ENGINE_DEAD, 503, "ServiceUnavailableError"), "error")
 
     async def _image_events(self, index: int) -> AsyncGenerator[ImageEvent, None]:
         num_previews = 0

@@ -12,21 +12,32 @@ from typing import Any
 
 from tokenizer_hf.errors import CheckpointError, ServingError
 from unimodal.serving.adapters import adapter_flags
+from unimodal.serving.limits import Limits
 
 PLUGIN_NAME = "unimodal"
 LOGITS_PROCESSOR = "unimodal.serving.logits:ImageLogitsProcessor"
+MIDDLEWARE = "unimodal.serving.gate.Gate"
+SHUTDOWN_SECONDS = 30
+"""For requests at work when the server is told to stop; vLLM's own default is to abort them."""
 CPU_CACHE_GIB = 1
 """Room for keys and values on a CPU; vLLM's own default is 4 GiB or a share of all memory."""
 
 
-def serve(folder: str | Path, vllm_args: Sequence[str] = (), *, plugin: bool = True) -> None:
+def serve(
+    folder: str | Path,
+    vllm_args: Sequence[str] = (),
+    limits: Limits | None = None,
+    *,
+    plugin: bool = True,
+) -> None:
     """Serve a merged model until it is interrupted. Does not return before that.
 
     Args:
         folder: what ``unimodal merge`` wrote, or a hub id of such a folder.
         vllm_args: any flags of ``vllm serve``; they win over our defaults.
-        plugin: False leaves out our endpoints and our logits processor: the plain vLLM that a bench
-            compares with, everything else the same.
+        limits: what requests may take; None reads the ``UNIMODAL_*`` variables.
+        plugin: False leaves out our endpoints, our gate and our logits processor: the plain vLLM
+            that a bench compares with, everything else the same.
 
     Raises:
         ServingError, CheckpointError: as :func:`command_line`.
@@ -35,6 +46,7 @@ def serve(folder: str | Path, vllm_args: Sequence[str] = (), *, plugin: bool = T
     from unimodal.serving.vllm_private import run_command_line
 
     os.environ.update(environment)
+    os.environ.update((limits or Limits.from_environ()).to_environ())
     run_command_line(arguments)
 
 
@@ -178,6 +190,9 @@ def prepare(
     elif "VLLM_USE_V2_MODEL_RUNNER" not in environ:
         # Our logits processor has both interfaces, but the newer one has not run on a GPU yet.
         environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    default("--shutdown-timeout", str(SHUTDOWN_SECONDS))
+    if plugin:
+        arguments.extend(["--middleware", MIDDLEWARE])  # the last one given is the outermost
     processors += [LOGITS_PROCESSOR] if plugin else []
     if processors:
         arguments.extend(["--logits-processors", *processors])

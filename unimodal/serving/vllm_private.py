@@ -48,6 +48,10 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 # Streams of several choices become one. asyncio has no such function.
 from vllm.utils.async_utils import merge_async_iterators
 
+# What `EngineClient.generate` and `check_health` raise once the engine's process is gone; no public
+# package exports it.
+from vllm.v1.engine.exceptions import EngineDeadError
+
 # Both logits-processor interfaces. Documented, but the two paths are not: which of them an engine
 # loads depends on its model runner, and each refuses the other's subclass (see logits.py).
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
@@ -67,6 +71,7 @@ __all__ = [
     "ChatCompletionResponseChoice",
     "ChatMessage",
     "ErrorResponse",
+    "EngineDeadError",
     "LogitsContext",
     "LogitsProcRequestState",
     "LogitsProcessorV1",
