@@ -28,8 +28,7 @@ from tokenizer_hf.vocabulary import ImageVocabulary
 from unimodal.generation.grammar import ImageSpanGrammar
 from unimodal.generation.sampling import SamplingSettings, generate
 from unimodal.pipeline import ROWS_PER_BATCH, Unimodal
-from unimodal.processing_unimodal import DRAW_DEFAULTS
-from unimodal.processing_unimodal import UnimodalProcessor
+from unimodal.processing_unimodal import DRAW_DEFAULTS, UnimodalProcessor
 from unimodal.terminal import save_png
 
 MANIFEST = "manifest.jsonl"
