@@ -57,7 +57,9 @@ def test_token_budgets() -> None:
         limits.check_prompt(11)
     with pytest.raises(ConfigurationError, match=r"110 image ids.*--max-image-tokens"):
         limits.check_image_tokens(11, 10)
+    assert [limits.images_each(n, 40) for n in (1, 2, 3)] == [2, 1, 0]
     free = Limits(max_prompt_tokens=0, max_image_tokens=0)
+    assert free.images_each(10, 10**6) is None
     free.check_prompt(10**9)
     free.check_image_tokens(10**9, 10**9)
 

@@ -10,6 +10,7 @@ import io
 import json
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -99,6 +100,7 @@ def ask(client: Any, prompt: Any, **changes: Any) -> Any:
     """One greedy reply, ids included."""
     extra = {"return_token_ids": True, "image": {"temperature": 0, "guidance_scale": 1}}
     extra["image"] |= changes.pop("image", {})
+    extra |= changes.pop("extra", {})
     for name in ("modalities", "vllm_xargs"):
         if name in changes:
             extra[name] = changes.pop(name)
@@ -391,6 +393,38 @@ def test_a_stop_string_ends_the_reply_behind_an_image(client: Any) -> None:
     message = ask(client, prompt, stop=new[:1]).choices[0].message
     assert message.content == whole.content[:stop]
     assert message.images == [image for image in whole.images if image["offset"] <= stop]
+
+
+def at_work(server: Server) -> float:
+    """Requests in the engine, running or waiting."""
+    names = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
+    lines = server.get("/metrics").splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(names))
+
+
+def test_a_client_that_leaves_a_stream_ends_all_its_segments(
+    client: Any, server: Server, many: str
+) -> None:
+    stream = ask(
+        client,
+        many,
+        n=4,
+        stream=True,
+        max_tokens=350,
+        modalities=["image"],
+        image={"guidance_scale": 2.0, "partial_images": 3},
+        extra={"ignore_eos": True},
+    )
+    for chunk in stream:
+        if chunk.choices and chunk.choices[0].delta.content:
+            break  # an image is behind us, texts and images of four choices are at work
+    assert at_work(server) > 0
+    stream.close()
+    left = time.monotonic()
+    while at_work(server) > 0:
+        assert time.monotonic() - left < 2
+        time.sleep(0.05)
+    assert ask(client, many, max_tokens=3).choices[0].token_ids
 
 
 def test_content_parts_by_option(client: Any, model: Unimodal, many: str) -> None:

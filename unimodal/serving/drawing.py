@@ -46,6 +46,7 @@ class Drawing:
         self.segments = segments
         self.prompts = prompts
         self.codec = prompts.codec
+        self.processor = prompts.processor
         self.vocabulary = segments.vocabulary
         self._negatives: dict[str, list[int]] = {}
         """Unconditional prompts by text; nearly every request has the same."""

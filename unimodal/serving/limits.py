@@ -130,6 +130,12 @@ class Limits:
                 f"{flag('max_image_tokens')}"
             )
 
+    def images_each(self, num_replies: int, span_tokens: int) -> int | None:
+        """Return how many images each of some replies may hold; None for no limit."""
+        if not self.max_image_tokens:
+            return None
+        return self.max_image_tokens // (num_replies * span_tokens)
+
 
 def flag(name: str) -> str:
     """Return the flag of a field of :class:`Limits`."""

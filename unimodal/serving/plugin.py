@@ -180,7 +180,14 @@ class UnimodalEndpoints:
         refused = await self._refused_model(request)
         if refused is not None:
             return refused
-        options = self._within_budget(options, request.n or 1)
+        span = self.drawing.span_tokens(options)
+        most = self.limits.images_each(request.n or 1, span)
+        if mode == "image":
+            self.limits.check_image_tokens(request.n or 1, span)
+        elif most == 0:  # who did not ask for images gets text
+            return await stock_chat_completion(request, raw_request)
+        elif most is not None and most < options.max_images:
+            options = options.model_copy(update={"max_images": most})
         reply = Reply(
             self.state.openai_serving_chat,
             self.drawing,
@@ -244,13 +251,6 @@ class UnimodalEndpoints:
         lora_request = lora_of(self.state.openai_serving_chat, named)
         reply = ImagesReply(self.drawing, request, prompt, kind, lora_request)
         return await _until_disconnect(reply.respond, raw_request)
-
-    def _within_budget(self, options: ChatImageOptions, n: int) -> ChatImageOptions:
-        """Bound the images of each of ``n`` choices by the server's limit of image ids."""
-        span = self.drawing.span_tokens(options)
-        self.limits.check_image_tokens(n, span)
-        most = self.limits.max_image_tokens // (n * span) or options.max_images
-        return options.model_copy(update={"max_images": min(options.max_images, most)})
 
     async def _chat_request(self, body: Body) -> tuple[ChatCompletionRequest, list[int]]:
         """Return the request as vLLM reads it and the prompt's ids, empty where vLLM renders."""
