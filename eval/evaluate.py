@@ -257,10 +257,11 @@ def _reconstruction(run: _Run, pictures: Sequence[Captioned]) -> dict[str, Score
 def _captions(run: _Run, pictures: Sequence[Captioned], level: Level | None) -> dict[str, Any]:
     sections: dict[str, Any] = {"caption": _caption(run, "captions", pictures)}
     if level is not None:
+        side = pictures[0].image.width
         rng = random.Random(f"{run.settings.seed}-captions-held-out")
         unseen = [sample_scene(rng, level, None, "only") for _ in pictures]
         sections["caption_held_out"] = _caption(
-            run, "captions_held_out", [Captioned(render(s), (), (), s) for s in unseen]
+            run, "captions_held_out", [Captioned(render(s, side), (), (), s) for s in unseen]
         )
     asked = [(p, question, answer) for p in pictures for question, answer in p.questions[:1]]
     if asked:
@@ -371,7 +372,7 @@ def _dialogues(run: _Run, level: Level | None) -> dict[str, Any]:
         drawn = _draw_in_dialogues(run, talks)
         rng = random.Random(f"{settings.seed}-dialogues")
         asked = [_questions_about(picture, rng) for picture in drawn]
-        rows = []
+        rows: list[dict[str, Any]] = []
         for turn in range(_DIALOGUE_QUESTIONS):
             going = [i for i, pairs in enumerate(asked) if turn < len(pairs)]
             for i in going:

@@ -207,10 +207,10 @@ class ImageTokenizerImageProcessor(BaseImageProcessor):
         if self.resize_mode == "pad":
             # ImageOps.pad would give a very long picture a side of 0 pixels, which resize refuses.
             shrink = self.size / max(picture.size)
-            inner = tuple(max(1, round(side * shrink)) for side in picture.size)
+            width, height = (max(1, round(side * shrink)) for side in picture.size)
             padded = Image.new("RGB", size, tuple(self.pad_colour))
-            corner = tuple(round((self.size - side) * 0.5) for side in inner)
-            padded.paste(picture.resize(inner, filter_), corner)
+            corner = round((self.size - width) * 0.5), round((self.size - height) * 0.5)
+            padded.paste(picture.resize((width, height), filter_), corner)
             return padded
         return ImageOps.fit(picture, size, filter_)
 

@@ -72,8 +72,8 @@ class ImageTokenizer(PreTrainedModel):
         self.encoder = _make_encoder(config)
         self.quantizer = _make_quantizer(config)
         self.decoder = _make_decoder(config)
-        self.pre_quant: nn.Module = nn.Identity()
-        self.post_quant: nn.Module = nn.Identity()
+        self.pre_quant: Any = nn.Identity()
+        self.post_quant: Any = nn.Identity()
         if config.encoder_type != "palette":
             self.pre_quant = nn.Linear(self.encoder.output_dim, config.codebook_dim)
             self.post_quant = nn.Linear(config.codebook_dim, self.decoder.input_dim)

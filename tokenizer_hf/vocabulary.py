@@ -16,7 +16,7 @@ Legend: B batch, L codes of a picture, G codebooks, K codebook size.
 import copy
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -487,7 +487,7 @@ def control_strings(tokenizer: Any, extension: VocabularyExtension) -> frozenset
     return frozenset(special | set(tokenizer.all_special_tokens) | set(extension.strings()))
 
 
-def neutralise(text: str, strings: Iterable[str]) -> str:
+def neutralise(text: str, strings: Iterable[str], breaker: str = BREAKER) -> str:
     """Break every occurrence of a control string, so that it is read as plain text.
 
     A ZERO WIDTH SPACE (U+200B) is put after the first character of each occurrence, overlapping
@@ -499,6 +499,7 @@ def neutralise(text: str, strings: Iterable[str]) -> str:
         text: what a user wrote.
         strings: the control strings, for example :func:`control_strings`. A frozenset is cheapest:
             its index is built once.
+        breaker: put in place of U+200B.
 
     Returns:
         The text; the same object where it holds no control string.
@@ -514,9 +515,74 @@ def neutralise(text: str, strings: Iterable[str]) -> str:
         at = match.start()
         if any(text[at : at + length] in wanted for length in lengths):
             single = text[at] in wanted
-            pieces += (text[done:at], "\ufffd") if single else (text[done : at + 1], BREAKER)
+            pieces += (text[done:at], "\ufffd") if single else (text[done : at + 1], breaker)
             done = at + 1
     return "".join([*pieces, text[done:]]) if pieces else text
+
+
+def harmless(text: str, tokenizer: Any, extension: VocabularyExtension) -> str:
+    """Break control strings as :func:`neutralise` does, also those that the tokenizer folds.
+
+    Some tokenizers normalise a text before they read it: full-width letters become ASCII, a
+    character that has no width goes away, capitals become small. What comes out may then spell a
+    control string that was not there, or lose the break that was put into one. So where the
+    tokenizer's normaliser changes a text, the ids that it gives are looked at.
+
+    Args:
+        text: what a user wrote.
+        tokenizer: a fast tokenizer.
+        extension: the image words.
+
+    Returns:
+        A text whose ids hold no control id; the same object where nothing had to be done.
+
+    Raises:
+        VocabularyError: no way was found to break the text up. It is refused then.
+    """
+    strings, ids = _controls_of(tokenizer, extension)
+    text = neutralise(text, strings)
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    if normalizer is None or normalizer.normalize_str(text) == text:
+        return text
+    if ids.isdisjoint(_ids_of(text, tokenizer)):
+        return text
+    folded = normalizer.normalize_str(text)
+    for breaker in (BREAKER, " ", "\ufffd"):
+        broken = neutralise(folded, strings, breaker)
+        if ids.isdisjoint(_ids_of(broken, tokenizer)):
+            return broken
+    raise VocabularyError(
+        f"the text {text[:60]!r} spells control tokens in a way that cannot be broken up; expected "
+        "plain text: leave such characters out"
+    )
+
+
+def harmless_values(value: Any, clean: Callable[[str], str]) -> Any:
+    """Return a JSON value whose strings, keys included, went through ``clean``."""
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, list | tuple):
+        return [harmless_values(item, clean) for item in value]
+    if isinstance(value, dict):
+        return {
+            clean(key) if isinstance(key, str) else key: harmless_values(item, clean)
+            for key, item in value.items()
+        }
+    return value
+
+
+@lru_cache(maxsize=8)
+def _controls_of(
+    tokenizer: Any, extension: VocabularyExtension
+) -> tuple[frozenset[str], frozenset[int]]:
+    """The control strings, and the ids that no text of a user may have; "unknown" is no control."""
+    strings = control_strings(tokenizer, extension)
+    ids = set(tokenizer.convert_tokens_to_ids(sorted(strings))) - {tokenizer.unk_token_id, None}
+    return strings, frozenset(ids)
+
+
+def _ids_of(text: str, tokenizer: Any) -> list[int]:
+    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
 @lru_cache(maxsize=16)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,16 +19,13 @@ from tokenizer_hf.vocabulary import ImageVocabulary
 from training.factored_rows import FACTOR_ROWS
 from training.recipes import LoraRecipe
 from training.runs import RUN_FILE, digest
-from unimodal.merge import find_folder
+from unimodal.merge import copy_companions, find_folder
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth")
-RUN_FILES = ("adapter_config.json", "recipe.yaml", "metrics.jsonl", RUN_FILE, "trainer_state.json")
-
 
 def add_adapter(model: Any, vocabulary: ImageVocabulary, recipe: LoraRecipe) -> PeftModel:
-    """Put a LoRA on the linear layers and make the image rows trainable.
+    """Put a LoRA on the linear layers and, unless ``recipe.rows`` is "none", train the image rows.
 
     The rows of an untied model are trained in both the embedding and the head; in a tied one the
     head follows the embedding. Text rows are never trained.
@@ -51,7 +47,7 @@ def add_adapter(model: Any, vocabulary: ImageVocabulary, recipe: LoraRecipe) -> 
         lora_alpha=recipe.alpha or recipe.rank,  # type: ignore[arg-type]
         lora_dropout=recipe.dropout,
         target_modules=recipe.target_modules,
-        trainable_token_indices=rows,
+        trainable_token_indices=None if recipe.rows == "none" else rows,
     )
     try:
         adapted = get_peft_model(model, config)
@@ -186,17 +182,6 @@ def merge_adapter(
                 torch.equal(before.to(saved_dtype), after.to(saved_dtype)), "text rows changed"
             )
     return MergedAdapter(out, difference, largest)
-
-
-def copy_companions(base: Path, out: Path) -> None:
-    """Copy what a merged folder holds besides its weights: tokenizer, processor, pictures' side."""
-    for file in base.iterdir():
-        if file.is_dir() and file.name == "image_tokenizer":
-            shutil.copytree(file, out / file.name, dirs_exist_ok=True)
-        elif file.is_file() and not file.name.startswith("."):
-            weights = any(file.match(pattern) for pattern in WEIGHTS)
-            if not weights and file.name not in (*RUN_FILES, "config.json"):
-                shutil.copyfile(file, out / file.name)
 
 
 def _base_folder(adapter: Path, base: str | Path | None) -> Path:

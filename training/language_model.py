@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from tokenizer_hf.configuration_image_tokenizer import ImageTokenizerConfig
 from tokenizer_hf.errors import CheckpointError
-from training.adapters import add_adapter, copy_companions, fold_lora, is_adapter_row
+from training.adapters import add_adapter, fold_lora, is_adapter_row
 from training.data.collate import Steps
 from training.data.examples import Examples
 from training.data.mixing import Mix
@@ -18,7 +18,7 @@ from training.factored_rows import share_rows
 from training.recipes import LanguageModelRecipe
 from training.runs import close_run, digest, open_run, publishing, run_to_the_end
 from training.trainer import UnimodalTrainer, training_arguments
-from unimodal.merge import find_folder
+from unimodal.merge import copy_companions, find_folder
 from unimodal.processing_unimodal import UnimodalProcessor
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ def train(recipe: LanguageModelRecipe, *, resume: bool = True) -> Path:
         pad_token_id=processor.tokenizer.pad_token_id or 0,
         text_ids=text_ids,
         row_ids=row_ids if recipe.mode == "full" else None,
+        compiled=recipe.compile,
     )
     run_to_the_end(trainer, output_dir)
     with publishing(output_dir) as temporary:

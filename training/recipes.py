@@ -69,10 +69,12 @@ class LoraRecipe:
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
     """Linear layers that get a LoRA; "all-linear" leaves the head out, as PEFT does."""
-    rows: Literal["free", "factored"] = "free"
-    """"factored": codes that share a factor (an FSQ level, a part of a product code) share a
-    trained row for it, so that combinations compose; see `training.factored_rows`. "free": every
-    code has a row of its own and nothing else."""
+    rows: Literal["free", "factored", "none"] = "free"
+    """How the rows of the image words are trained. "free": every code has a row of its own.
+    "factored": codes that share a factor (an FSQ level, a part of a product code) share a trained
+    row for it too, so that combinations compose; see `training.factored_rows`. "none": not at all,
+    for one of several adapters on a model whose rows are trained already; vLLM then swaps them per
+    request (it cannot swap rows)."""
     fold: bool | None = None
     """Compute W + B·A once a step instead of a second path through every layer: the same function
     and the same saved adapter, faster where a batch has many more tokens than the layers are wide,
@@ -138,6 +140,9 @@ class LanguageModelRecipe:
     float32. What is trained is float32 in any case of an adapter."""
     bf16: bool | None = None
     """bfloat16 autocast. None: where it is faster on this machine (measured at the start)."""
+    compile: bool = False
+    """``torch.compile`` for the layers (not for the head). The first steps take a minute longer;
+    worth it on a GPU. Not with qlora."""
     data: DataRecipe = field(default_factory=DataRecipe)
     lora: LoraRecipe = field(default_factory=LoraRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
@@ -153,10 +158,17 @@ class LanguageModelRecipe:
                 "loss.text_kl needs mode lora or qlora: with mode full there is no base left to "
                 "compare with; set loss.text_kl to 0"
             )
+        if self.mode == "qlora" and self.compile:
+            raise ConfigurationError(
+                "compile does not go with mode qlora: 4-bit layers are not compiled; set it to "
+                "false, or use mode lora"
+            )
         if self.mode == "qlora" and self.lora.fold:
             raise ConfigurationError("lora.fold needs a base that is not quantised; use mode lora")
         if self.lora.fold and self.lora.dropout:
             raise ConfigurationError("lora.fold needs lora.dropout 0")
+        if self.mode != "full" and self.lora.rows == "none" and self.optimizer.rows_first_steps:
+            raise ConfigurationError("optimizer.rows_first_steps needs lora.rows free or factored")
 
 
 @dataclass(kw_only=True)
@@ -176,6 +188,8 @@ class TextModelRecipe:
     """Tokens an example may have; longer texts are cut into pieces."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     bf16: bool | None = None
+    compile: bool = False
+    """As in `LanguageModelRecipe`."""
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     training: dict[str, Any] = field(default_factory=dict)
 

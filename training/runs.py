@@ -83,6 +83,8 @@ def open_run(recipe: R, identity: Mapping[str, str], resume: bool) -> tuple[bool
         save_recipe(recipe, folder / RECIPE_FILE)
         return False, recipe
     run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    # A field that is younger than the run has its default there.
+    run["recipe"] = recipe_to_dict(build_recipe(type(recipe), run["recipe"]))
     wanted = recipe_to_dict(recipe)
     for path in (("bf16",), ("attention",), ("dtype",), ("lora", "fold")):
         _adopt(wanted, run["recipe"], path)

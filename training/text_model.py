@@ -63,6 +63,7 @@ def train_text_model(recipe: TextModelRecipe, *, resume: bool = True) -> Path:
         optimizer=recipe.optimizer,
         is_row=table_names(model),
         pad_token_id=tokenizer.pad_token_id or 0,
+        compiled=recipe.compile,
     )
     run_to_the_end(trainer, output_dir)
     with publishing(output_dir) as temporary:

@@ -51,6 +51,9 @@ RECIPE_FIELDS = {
     "optim": "optimizer.name",
     "adam_beta1": "optimizer.betas",
     "adam_beta2": "optimizer.betas",
+    "torch_compile": "compile",
+    "torch_compile_backend": "compile",
+    "torch_compile_mode": "compile",
 }
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 16,
@@ -120,6 +123,7 @@ class UnimodalTrainer(Trainer):
         is_row: tells by its name whether a parameter holds rows of the embedding or the head.
         row_ids: ids of the new rows; in mode full, ``rows_first_steps`` trains only these.
         text_ids: ids over which ``text_kl`` compares with the base.
+        compiled: run the layers through ``torch.compile``; see `compile_body`.
     """
 
     def __init__(
@@ -134,6 +138,7 @@ class UnimodalTrainer(Trainer):
         pad_token_id: int = 0,
         text_ids: Tensor | None = None,
         row_ids: Tensor | None = None,
+        compiled: bool = False,
     ) -> None:
         super().__init__(
             model=model,
@@ -155,6 +160,8 @@ class UnimodalTrainer(Trainer):
         self.interrupt = StopOnInterrupt()
         self.add_callback(self.interrupt)
         self.add_callback(LogBeforeSave())
+        if compiled:
+            compile_body(model)
         if optimizer.rows_first_steps:
             self.add_callback(RowsFirst(model, is_row, optimizer.rows_first_steps, row_ids))
 
@@ -232,10 +239,11 @@ class UnimodalTrainer(Trainer):
 
     def _count(self, row: int, directions: Tensor, values: Tensor) -> None:
         n = len(DIRECTIONS)
+        self._sums = self._sums.to(values.device)  # a GPU is not waited for until the next log
         values = values.detach().double()
-        self._sums[row] += torch.bincount(directions, weights=values, minlength=n).cpu()
+        self._sums[row] += torch.bincount(directions, weights=values, minlength=n)
         if row == 0:
-            self._sums[1] += torch.bincount(directions, minlength=n).cpu()
+            self._sums[1] += torch.bincount(directions, minlength=n)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss of each direction since the last log."""
@@ -310,6 +318,20 @@ def labelled_positions(model: Any, learnt: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def compile_body(model: Any) -> None:
+    """Run everything before the head through ``torch.compile``, in place; names stay as they are.
+
+    The head stays outside: `labelled_positions` hooks it anew for every batch, and a compiled graph
+    keeps the hooks that it was traced with. transformers' own ``torch_compile`` takes the head in,
+    so `training_arguments` refuses it.
+
+    Args:
+        model: a causal LM, or a PEFT model around one.
+    """
+    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    getattr(plain, plain.base_model_prefix).compile()
 
 
 def last_whole_checkpoint(output_dir: str | Path) -> Path | None:

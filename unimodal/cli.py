@@ -273,6 +273,34 @@ def merge(
     typer.echo(folder)
 
 
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A merged model, or its hub id.")],
+    scheme: Annotated[
+        str,
+        typer.Option(
+            help="`W8A8`: int8 weights and activations. `W4A16`: int4 weights, a quarter as large."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Of W4A16: 128, 64 or 32 inputs share a scale. Default: what fits."),
+    ] = None,
+) -> None:
+    """Write a quantized copy of a model, for vLLM and transformers (compressed-tensors' format).
+
+    Weights of the linear layers are rounded to the nearest step; embedding, head, tokenizer and
+    image tokenizer stay as they are. `unimodal evaluate` says what it costs, docs/deployment.md
+    what to expect.
+
+    **Example:** `unimodal quantize my-model --scheme W8A8 --out my-model-w8a8`
+    """
+    from unimodal.quantize import quantize as run
+
+    typer.echo(run(model, out, scheme, group_size=group_size))
+
+
 # --- caption, draw, chat --------------------------------------------------------------------------
 
 Model = Annotated[
@@ -350,8 +378,22 @@ def caption(
 
 @app.command()
 def draw(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw.")],
     model: Model,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT...", help="What to draw.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts", metavar="FILE", help='JSONL: {"prompt": ...} and settings on each line.'
+        ),
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help="What draws the prompts of a file: `transformers` or `vllm`.")
+    ] = "transformers",
+    vllm_args: Annotated[
+        str, typer.Option(metavar="FLAGS", help="For vLLM's engine, as one quoted string.")
+    ] = "",
     n: Annotated[int, typer.Option("--n", min=1, help="Pictures of each prompt.")] = 1,
     seed: Annotated[
         int | None,
@@ -395,6 +437,12 @@ def draw(
     `unimodal draw --model my-model "three green stars" --n 4 --seed 7 --guidance 4 --out stars`
 
     `unimodal draw --model my-model "a ring" --negative "black background" --out ring.png`
+
+    `unimodal draw --model my-model --backend vllm --prompts prompts.jsonl --out drawings`
+
+    A file's lines may set `id`, `n`, `seed`, `guidance`, `temperature`, `top_k`, `budget` and
+    `negative_prompt`; the options are their defaults. `manifest.jsonl` in the folder lists what was
+    drawn, with codes. The same command again goes on where it was stopped; see docs/deployment.md.
     """
     import secrets
 
@@ -402,6 +450,24 @@ def draw(
 
     from tokenizer_hf.errors import ConfigurationError, MessageError
 
+    if file is not None:
+        if prompts:
+            raise ConfigurationError(f"prompts came both as words and as --prompts {file}")
+        defaults = {
+            "n": n,
+            "seed": seed or 0,
+            "guidance": guidance,
+            "temperature": temperature,
+            "top_k": top_k,
+            "budget": budget,
+            "negative_prompt": negative,
+        }
+        where = {"adapter": adapter, "device": device, "dtype": dtype}
+        return _draw_file(file, defaults, model, out, backend, vllm_args, **where)
+    if not prompts:
+        raise ConfigurationError("nothing to draw; give a PROMPT, or a file with --prompts")
+    if backend != "transformers":
+        raise ConfigurationError(f"--backend {backend} draws files; give one with --prompts")
     number = n * len(prompts)
     if out.suffix.lower() == ".png" and number > 1:
         raise ConfigurationError(f"--out {out} is one file, but {number} pictures; give a folder")
@@ -431,6 +497,75 @@ def draw(
         path = out if out.suffix.lower() == ".png" else picture_path(out, prompt, seed + index)
         save_png(picture, path, {"prompt": prompt, "seed": seed + index, **settings, **about})
         typer.echo(f"{picture_escape(picture, terminal_protocol())}{path}")
+
+
+def _draw_file(
+    file: Path,
+    defaults: dict[str, Any],
+    model: str,
+    out: Path,
+    backend: str,
+    vllm_args: str,
+    **where: str | None,
+) -> None:
+    """`unimodal draw --prompts`: one code path, two things that draw."""
+    import asyncio
+    import gc
+    import shlex
+
+    from tokenizer_hf.errors import ConfigurationError
+    from unimodal.batch_drawing import (
+        Defaults,
+        Summary,
+        TransformersBackend,
+        check_budgets,
+        draw_all,
+        read_prompts,
+    )
+
+    if backend not in ("transformers", "vllm"):
+        raise ConfigurationError(f"--backend {backend}; expected transformers or vllm")
+    if backend == "transformers" and vllm_args:
+        raise ConfigurationError("--vllm-args came without --backend vllm")
+    if backend == "vllm" and where["device"]:
+        raise ConfigurationError("--device came with --backend vllm, which takes its own device")
+    drawings = read_prompts(file, Defaults(**defaults))
+    adapter = where["adapter"]
+    about = {
+        "model": str(Path(model).resolve()) if Path(model).is_dir() else model,
+        "adapter": str(Path(adapter).resolve()) if adapter and Path(adapter).is_dir() else adapter,
+    }
+
+    def checked(processor: Any) -> dict[str, Any]:
+        check_budgets(drawings, processor.vocabulary)
+        return {**about, "image_tokenizer": processor.vocabulary.fingerprint}
+
+    async def with_vllm() -> Summary:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported
+        from unimodal.processing_unimodal import UnimodalProcessor
+        from unimodal.serving.serve import require_vllm
+
+        require_vllm()
+        processor = UnimodalProcessor.from_pretrained(model)
+        facts = checked(processor)
+        from unimodal.serving.offline import running_backend
+
+        flags = shlex.split(vllm_args)
+        flags += ["--dtype", where["dtype"]] if where["dtype"] else []
+        with running_backend(model, processor, flags, adapter) as vllm:
+            return await draw_all(drawings, vllm, processor, out, facts)
+
+    async def with_transformers() -> Summary:
+        unimodal = _load(model, **where)
+        facts = checked(unimodal.processor)
+        engine = TransformersBackend(unimodal)
+        return await draw_all(drawings, engine, unimodal.processor, out, facts)
+
+    done = asyncio.run(with_vllm() if backend == "vllm" else with_transformers())
+    gc.collect()  # an engine that is collected at the very end of Python complains
+    typer.echo(f"{out}: {done.drawn} drawn, {done.skipped} were there, {done.failed} failed")
+    if done.failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -844,8 +979,10 @@ def choose_sampling_command(
     from eval.choose_sampling import SamplingGrid, choose_sampling
     from eval.shapes.scene import Level
 
-    given = {"guidance": guidance, "temperature": temperature}
-    grid = SamplingGrid(**{name: value for name, value in given.items() if value})
+    usual = SamplingGrid()
+    grid = SamplingGrid(
+        guidance=guidance or usual.guidance, temperature=temperature or usual.temperature
+    )
     for one in choose_sampling(model, cast(Level, level), grid=grid, n=n, seed=seed):
         typer.echo(
             f"guidance {one['guidance']:<4} temperature {one['temperature']:<4} "
@@ -896,6 +1033,123 @@ def serve(
         str | None,
         typer.Option(metavar="TOPIC", help="Show vLLM's own flags: `all`, a section or a flag."),
     ] = None,
+    max_queue: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Requests that may wait beyond --max-num-seqs; more are answered 429.",
+            envvar="UNIMODAL_MAX_QUEUE",
+            rich_help_panel="Limits",
+        ),
+    ] = 256,
+    max_body_mib: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Largest request body, MiB; larger ones are answered 413.",
+            envvar="UNIMODAL_MAX_BODY_MIB",
+            rich_help_panel="Limits",
+        ),
+    ] = 64,
+    request_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds until a request is ended; 0 for no limit.",
+            envvar="UNIMODAL_REQUEST_TIMEOUT",
+            rich_help_panel="Limits",
+        ),
+    ] = 600,
+    reader_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds that a client may leave an answer unread; 0 for no limit.",
+            envvar="UNIMODAL_READER_TIMEOUT",
+            rich_help_panel="Limits",
+        ),
+    ] = 60,
+    max_images: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Images in one request, history included.",
+            envvar="UNIMODAL_MAX_IMAGES",
+            rich_help_panel="Limits",
+        ),
+    ] = 32,
+    max_image_pixels: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Pixels of one image, before it is decoded; 0 takes the model's own limit.",
+            envvar="UNIMODAL_MAX_IMAGE_PIXELS",
+            rich_help_panel="Limits",
+        ),
+    ] = 0,
+    max_prompt_tokens: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Ids of one prompt, images included; 0 leaves it to --max-model-len.",
+            envvar="UNIMODAL_MAX_PROMPT_TOKENS",
+            rich_help_panel="Limits",
+        ),
+    ] = 0,
+    max_image_tokens: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Image ids that one request may have drawn; 0 for no limit.",
+            envvar="UNIMODAL_MAX_IMAGE_TOKENS",
+            rich_help_panel="Limits",
+        ),
+    ] = 16384,
+    image_hosts: Annotated[
+        str,
+        typer.Option(
+            metavar="HOSTS",
+            help="Hosts that images may be fetched from, with commas: host, host:port, *.domain.",
+            envvar="UNIMODAL_IMAGE_HOSTS",
+            rich_help_panel="Limits",
+        ),
+    ] = "",
+    image_fetch_mib: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Largest fetched image, MiB.",
+            envvar="UNIMODAL_IMAGE_FETCH_MIB",
+            rich_help_panel="Limits",
+        ),
+    ] = 20,
+    image_fetch_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds for fetching one image, redirects included.",
+            envvar="UNIMODAL_IMAGE_FETCH_TIMEOUT",
+            rich_help_panel="Limits",
+        ),
+    ] = 10,
+    allow_http_images: Annotated[
+        bool,
+        typer.Option(
+            "--allow-http-images",
+            help="Fetch images over plain http too.",
+            envvar="UNIMODAL_ALLOW_HTTP_IMAGES",
+            rich_help_panel="Limits",
+        ),
+    ] = False,
+    request_log: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="Where the JSON line per request goes: `-` standard error, `off`, or a file.",
+            envvar="UNIMODAL_REQUEST_LOG",
+            rich_help_panel="Limits",
+        ),
+    ] = "-",
 ) -> None:
     """Serve a merged model with vLLM: images in, images out, OpenAI's HTTP interface.
 
@@ -906,19 +1160,64 @@ def serve(
         unimodal serve my-model --vllm-help all
 
     On a CPU these are set unless you give them: `--enforce-eager`, `--max-model-len auto`,
-    `--dtype float32` (for float32 checkpoints) and `VLLM_CPU_KVCACHE_SPACE=1` (GiB).
+    `--dtype float32` (for float32 checkpoints) and `VLLM_CPU_KVCACHE_SPACE=1` (GiB); everywhere
+    `--shutdown-timeout 30`, the seconds that requests at work have after SIGTERM.
 
     Then, with any OpenAI client: `/v1/chat/completions` takes `image_url` parts with data URIs, and
     answers with an image where `modalities` holds `"image"`; `/v1/images/generations` draws. See
     docs/serving.md.
     """
+    from unimodal.serving.limits import Limits
     from unimodal.serving.serve import serve as run
     from unimodal.serving.serve import show_flags
 
     if vllm_help is not None:
         show_flags(vllm_help)
-    else:
-        run(folder, context.args)
+        return
+    limits = Limits(
+        max_queue=max_queue,
+        max_body_mib=max_body_mib,
+        request_timeout=request_timeout,
+        reader_timeout=reader_timeout,
+        max_images=max_images,
+        max_image_pixels=max_image_pixels,
+        max_prompt_tokens=max_prompt_tokens,
+        max_image_tokens=max_image_tokens,
+        image_hosts=image_hosts,
+        image_fetch_mib=image_fetch_mib,
+        image_fetch_timeout=image_fetch_timeout,
+        allow_http_images=allow_http_images,
+        request_log=request_log,
+    )
+    run(folder, context.args, limits)
+
+
+@app.command()
+def ui(
+    url: Annotated[str, typer.Option(help="The server, with `/v1`.")] = "http://127.0.0.1:8000/v1",
+    host: Annotated[
+        str, typer.Option(help="Where the page listens; other machines reach it only if changed.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page.")] = 7860,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="UNIMODAL_API_KEY", help="The server's key. The page never shows it."),
+    ] = None,
+) -> None:
+    """Chat with a server in the browser: pictures in both directions, with previews.
+
+    Needs `pip install 'unimodal[ui]'`; neither torch nor vLLM, so it can run on another machine
+    than the server. See docs/chat_page.md.
+
+    **Examples**
+
+    `unimodal serve my-model --port 8000`, and in another terminal `unimodal ui`
+
+    `UNIMODAL_API_KEY=... unimodal ui --url http://gpu-machine:8000/v1 --port 7861`
+    """
+    from unimodal.serving.ui import run_page
+
+    run_page(url, host=host, port=port, api_key=api_key)
 
 
 @app.command()
@@ -1095,6 +1394,72 @@ def bench_masking(
     print(text)
 
 
+@bench.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench_serve(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR", help="A merged model. Default: a random one.")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A folder for what is found.")] = Path(
+        "runs/bench"
+    ),
+    random_model: Annotated[
+        int,
+        typer.Option(metavar="CODES", help="Without --model: codes a picture, 16, 64 or 256."),
+    ] = 16,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A part: cells, guidance, arrivals, preview, text_cost, startup; may be given "
+            "several times. [all]"
+        ),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Of each cell, about.")] = 10,
+    concurrency: Annotated[
+        list[int] | None,
+        typer.Option(help="Requests at once; may be given several times. [1 4 16 64]"),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Turns of what is compared pairwise.")] = 5,
+    max_batch: Annotated[int, typer.Option(help="Most rows of a batch, on both sides.")] = 128,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Compute threads of vLLM and of transformers. [half of the cores]"),
+    ] = None,
+    guidance: Annotated[float, typer.Option(help="Of the guided drawings.")] = 3.0,
+    seed: Annotated[int, typer.Option(help="Of the requests and their arrivals.")] = 0,
+) -> None:
+    """Measure a server under load, and transformers' `generate` in the same run.
+
+    Starts `unimodal serve` itself and asks it from another process: captions, drawings, guided
+    drawings and all of them mixed, at each concurrency; mixed requests that arrive at random; text
+    requests in turn with the same vLLM without our plugin; starts with and without it. Writes
+    `serve.json`, `serve.md` and `serve.png`. Flags of `vllm serve` may follow. Run it on an idle
+    machine; docs/serving_performance.md says how to read it.
+
+    **Examples**
+
+    `unimodal bench serve --model runs/demo/model`
+
+    `unimodal bench serve --model runs/demo/model --only arrivals --seconds 30`
+    """
+    from unimodal.serving.bench import PARTS, BenchSettings
+    from unimodal.serving.bench import bench_serve as run
+
+    settings = BenchSettings(
+        seconds=seconds,
+        concurrency=tuple(concurrency or (1, 4, 16, 64)),
+        threads=threads,
+        rounds=rounds,
+        max_batch=max_batch,
+        guidance=guidance,
+        seed=seed,
+        vllm_args=tuple(context.args),
+        parts=tuple(only or PARTS),
+    )
+    run(model, out, settings, random_codes=random_model, say=typer.echo)
+    typer.echo((out / "serve.md").read_text(encoding="utf-8"))
+
+
 def main() -> None:
     """Run the command line. Errors are one line and an exit code; ``--debug`` shows the traceback.
 
@@ -1141,3 +1506,36 @@ def _one_line(message: object) -> str:
 
 if __name__ == "__main__":
     main()
+
+
+@bench.command("soak")
+def bench_soak(
+    model: Annotated[str, typer.Option(help="A merged model: folder or hub id.")],
+    requests: Annotated[int, typer.Option(min=1, help="Requests, at least.")] = 2000,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 64,
+    minutes: Annotated[float, typer.Option(min=0, help="Go on for that long.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the JSON here.")] = None,
+    log: Annotated[Path | None, typer.Option(help="Write the server's output here.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the traffic.")] = 0,
+    serve: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FLAG", help="A flag for `unimodal serve`; may be given again."),
+    ] = None,
+) -> None:
+    """Serve a model and send it mixed traffic: captions, questions, drawings, guided drawings,
+    streams, malformed and abandoned requests.
+
+    Reports errors, malformed images, restarts of guided pairs, what still runs at the end, and the
+    memory of all server processes over time. Ends with 1 if anything of it is wrong: an error, more
+    than 5 % restarts, memory that grew by more than 5 %.
+
+        unimodal bench soak --model my-model --serve=--max-num-seqs=64
+    """
+    from unimodal.serving.soak import require_flat, run_soak
+
+    flags = tuple(serve or ())
+    result = run_soak(
+        model, requests, concurrency, minutes, seed=seed, vllm_args=flags, out=out, log=log
+    )
+    typer.echo(result["summary"])
+    require_flat(result)

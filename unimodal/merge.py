@@ -35,6 +35,16 @@ PLAIN_TEMPLATE = """\
 """For base models without a chat template of their own."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth")
+_NOT_OF_THE_MODEL = (
+    "config.json",  # written anew with the weights
+    # what a training run leaves in the folder:
+    "adapter_config.json",
+    "recipe.yaml",
+    "metrics.jsonl",
+    "run.json",
+    "trainer_state.json",
+)
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 
 
@@ -92,7 +102,7 @@ def merge(
     out = Path(out)
     base = find_folder(llm)
     picture_folder = find_folder(image_tokenizer)
-    _require_free(out, (base, picture_folder))
+    require_free(out, (base, picture_folder))
 
     config = _causal_config(base)
     model = ImageTokenizer.from_pretrained(picture_folder).eval()
@@ -265,7 +275,12 @@ def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return found
 
 
-def _require_free(out: Path, sources: tuple[Path, ...]) -> None:
+def require_free(out: Path, sources: tuple[Path, ...]) -> None:
+    """Refuse to write over a source, or over a folder of something else.
+
+    Raises:
+        ConfigurationError: says which.
+    """
     resolved = out.resolve()
     for source in sources:
         if resolved == source.resolve() or resolved in source.resolve().parents:
@@ -278,6 +293,17 @@ def _require_free(out: Path, sources: tuple[Path, ...]) -> None:
         )
     if out.exists() and not out.is_dir():
         raise ConfigurationError(f"out is {out}, which is a file; give a new folder")
+
+
+def copy_companions(base: Path, out: Path) -> None:
+    """Copy what a merged folder holds besides its weights: tokenizer, processor, pictures' side."""
+    for file in base.iterdir():
+        if file.is_dir() and file.name == "image_tokenizer":
+            shutil.copytree(file, out / file.name, dirs_exist_ok=True)
+        elif file.is_file() and not file.name.startswith("."):
+            weights = any(file.match(pattern) for pattern in _WEIGHTS)
+            if not weights and file.name not in _NOT_OF_THE_MODEL:
+                shutil.copyfile(file, out / file.name)
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -305,7 +331,7 @@ def _vocabulary_tensors(config: Any, files: list[Path], rows: int) -> list[Store
     """
     before, after = _shapes(config), _shapes(config, rows)
     stored = {name: tensor for file in files for name, tensor in read_header(file).items()}
-    prefix = f"{_skeleton(config).base_model_prefix}."
+    prefix = f"{skeleton(config).base_model_prefix}."
     strange = [tensor for name, tensor in stored.items() if name not in before]
     found, missing = [], []
     for name in (name for name in before if before[name] != after[name]):
@@ -335,7 +361,8 @@ def _vocabulary_tensors(config: Any, files: list[Path], rows: int) -> list[Store
     return found
 
 
-def _skeleton(config: Any) -> Any:
+def skeleton(config: Any) -> Any:
+    """Build the architecture of a causal LM's config, without memory for its weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -346,7 +373,7 @@ def _shapes(config: Any, vocab_size: int | None = None) -> dict[str, tuple[int, 
     if vocab_size is not None:
         config = copy.deepcopy(config)
         config.vocab_size = vocab_size
-    return {name: tuple(value.shape) for name, value in _skeleton(config).state_dict().items()}
+    return {name: tuple(value.shape) for name, value in skeleton(config).state_dict().items()}
 
 
 # --- what goes out --------------------------------------------------------------------------------

@@ -19,11 +19,11 @@ import binascii
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 from tokenizer_hf.errors import CodeError, ImageError, MessageError, VocabularyError
-from tokenizer_hf.vocabulary import ImageVocabulary, control_strings, neutralise
+from tokenizer_hf.vocabulary import ImageVocabulary, harmless, harmless_values
 
 Message = dict[str, Any]
 Direction = Literal["text-to-image", "image-to-text", "text"]
@@ -284,20 +284,18 @@ def _turns(
     need_codes: bool = True,
 ) -> list[_Turn]:
     """Each message as text with markers; runs of text are neutralised as a whole."""
-    controls = _controls(tokenizer, vocabulary)
+    clean = partial(harmless, tokenizer=tokenizer, extension=vocabulary)
     turns = []
     for message in _checked(messages):
-        turn, run = _Turn(message["role"], ""), ""
+        turn, run = _Turn(clean(message["role"]), ""), ""
         for part in _parts(message):
             if _is_image(part):
-                turn.text += (
-                    neutralise(run, controls) + vocabulary.start_string + vocabulary.end_string
-                )
+                turn.text += clean(run) + vocabulary.start_string + vocabulary.end_string
                 turn.codes.append(part["codes"] if need_codes else part.get("codes"))
                 run = ""
             else:
                 run += part["text"]
-        turn.text += neutralise(run, controls)
+        turn.text += clean(run)
         turns.append(turn)
     return turns
 
@@ -323,7 +321,8 @@ class _Chat:
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
         self.chat_template = chat_template
-        self.template_values = {**TEMPLATE_DEFAULTS, **template_values}
+        clean = partial(harmless, tokenizer=tokenizer, extension=vocabulary)
+        self.template_values = {**TEMPLATE_DEFAULTS, **harmless_values(template_values, clean)}
 
     def text(self, num_turns: int, add_generation_prompt: bool) -> str:
         """The first turns as the template words them."""
@@ -440,11 +439,6 @@ def _fill(
             "message's content in the prompt exactly once, unchanged: use another chat_template"
         )
     return ids, position, spans
-
-
-@lru_cache(maxsize=8)
-def _controls(tokenizer: Any, vocabulary: ImageVocabulary) -> frozenset[str]:
-    return control_strings(tokenizer, vocabulary)
 
 
 @lru_cache(maxsize=8)

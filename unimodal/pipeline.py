@@ -23,10 +23,9 @@ from tokenizer_hf.errors import CheckpointError, ConfigurationError, MessageErro
 from unimodal.generation.grammar import Mode
 from unimodal.generation.sampling import SamplingSettings, default_stop_ids, generate
 from unimodal.messages import Message
-from unimodal.processing_unimodal import DRAW_DEFAULTS, UnimodalProcessor
+from unimodal.processing_unimodal import UnimodalProcessor
 
 ROWS_PER_BATCH = 16  # pictures, captions or replies generated at once; results do not depend on it
-GUIDANCE = DRAW_DEFAULTS["guidance"]
 CAPTION_TOKENS = 128
 REPLY_TOKENS = 512
 

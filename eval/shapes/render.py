@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from eval.shapes.scene import BACKGROUNDS, COLOURS, IMAGE_SIZE, Scene
+from tokenizer_hf.errors import ConfigurationError
 
 _OVERSAMPLING = 8
 _RING_HOLE = 0.5
@@ -91,24 +92,36 @@ def _patch(
     return (paper + cover * (ink - paper) + 0.5).astype(np.uint8)
 
 
-def render_array(scene: Scene) -> NDArray[np.uint8]:
-    """Scene -> uint8 (64, 64, 3)."""
-    picture = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+def render_array(scene: Scene, size: int = IMAGE_SIZE) -> NDArray[np.uint8]:
+    """Scene -> uint8 (size, size, 3).
+
+    Args:
+        size: pixels along the picture, a multiple of 64. Everything is larger by the same factor
+            and drawn at that size, not resampled.
+
+    Raises:
+        ConfigurationError: a size that is no multiple of 64.
+    """
+    if size < IMAGE_SIZE or size % IMAGE_SIZE:
+        raise ConfigurationError(
+            f"the picture size is {size}; expected a multiple of {IMAGE_SIZE} pixels"
+        )
+    scale = size // IMAGE_SIZE
+    picture = np.empty((size, size, 3), np.uint8)
     picture[:] = BACKGROUNDS[scene.background]
     for o in scene.objects:
-        side = 2 * int(np.ceil(o.radius)) + 2  # even, and one spare pixel for the sub-pixel shift
-        left, top = int(o.x) - side // 2, int(o.y) - side // 2
-        patch = _patch(
-            o.shape, o.colour, scene.background, o.radius, o.x - int(o.x), o.y - int(o.y), side
-        )
+        x, y, radius = scale * o.x, scale * o.y, scale * o.radius
+        side = 2 * int(np.ceil(radius)) + 2  # even, and one spare pixel for the sub-pixel shift
+        left, top = int(x) - side // 2, int(y) - side // 2
+        patch = _patch(o.shape, o.colour, scene.background, radius, x - int(x), y - int(y), side)
         # The spare row and column may hang over the picture's edge; an object itself never does.
-        rows = slice(max(0, -top), min(side, IMAGE_SIZE - top))
-        columns = slice(max(0, -left), min(side, IMAGE_SIZE - left))
+        rows = slice(max(0, -top), min(side, size - top))
+        columns = slice(max(0, -left), min(side, size - left))
         part = picture[max(0, top) : top + side, max(0, left) : left + side]
         part[:] = patch[rows, columns]
     return picture
 
 
-def render(scene: Scene) -> Image.Image:
-    """Scene -> RGB picture of 64×64 pixels."""
-    return Image.fromarray(render_array(scene))
+def render(scene: Scene, size: int = IMAGE_SIZE) -> Image.Image:
+    """Scene -> RGB picture of ``size`` × ``size`` pixels, see `render_array`."""
+    return Image.fromarray(render_array(scene, size))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 from tqdm import tqdm
 
 from eval.shapes.captions import (
@@ -20,7 +21,7 @@ from eval.shapes.captions import (
     world_text_messages,
 )
 from eval.shapes.render import render
-from eval.shapes.scene import Level, Scene, sample_scene
+from eval.shapes.scene import IMAGE_SIZE, Level, Scene, sample_scene
 from tokenizer_hf.errors import ConfigurationError, DataError
 from tokenizer_hf.files import atomic_folder
 
@@ -39,6 +40,7 @@ class WorldManifest:
     validation: int
     captions_per_picture: int
     chats: int
+    picture_size: int = IMAGE_SIZE
 
     @classmethod
     def load(cls, folder: str | Path) -> "WorldManifest":
@@ -65,6 +67,7 @@ def write_world(
     captions_per_picture: int = 4,
     validation: int | None = None,
     chats: int | None = None,
+    picture_size: int = IMAGE_SIZE,
     progress: bool = True,
 ) -> Path:
     """Write pictures with captions and questions, and text-only lines, about the embedded world.
@@ -90,13 +93,14 @@ def write_world(
         captions_per_picture: at least 2.
         validation: number of validation pictures; default a twentieth of `n`, between 200 and 1000.
         chats: number of training chats; default `n`.
+        picture_size: pixels along a picture, a multiple of 64; the same scenes at any size.
         progress: show a progress bar.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigurationError: a number that is too small, an unknown level.
+        ConfigurationError: a number that is too small, an unknown level or picture size.
         OSError: as the file system says; nothing half-written is left.
     """
     if n < 1 or captions_per_picture < 2:
@@ -108,7 +112,7 @@ def write_world(
     if validation is None:
         validation = min(1000, max(200, n // 20))
     chats = n if chats is None else chats
-    manifest = WorldManifest(level, seed, n, validation, captions_per_picture, chats)
+    manifest = WorldManifest(level, seed, n, validation, captions_per_picture, chats, picture_size)
     counts = {"validation": validation, "train": n}
     seen: set[Scene] = set()
     with (
@@ -123,7 +127,8 @@ def write_world(
                 held = list(scenes)
                 seen.update(held)
                 scenes = iter(held)
-            _write_pictures(draft / split, scenes, captions_per_picture, f"{seed}-{split}", bar)
+            pictures = ((scene, render(scene, picture_size)) for scene in scenes)
+            _write_pictures(draft / split, pictures, captions_per_picture, f"{seed}-{split}", bar)
             for kind, row in (("text", _text_row), ("chat", _chat_row)):
                 path = draft / kind / f"{split}.jsonl"
                 path.parent.mkdir(exist_ok=True)
@@ -187,15 +192,19 @@ def _schema() -> Any:
 
 
 def _write_pictures(
-    folder: Path, scenes: Iterator[Scene], captions_per_picture: int, seed: str, bar: Any
+    folder: Path,
+    pictures: Iterator[tuple[Scene, Image.Image]],
+    captions_per_picture: int,
+    seed: str,
+    bar: Any,
 ) -> None:
     folder.mkdir()
     schema, rng = _schema(), random.Random(f"{seed}-words")
     rows: list[dict[str, Any]] = []
     shard = 0
-    for scene in scenes:
+    for scene, picture in pictures:
         buffer = io.BytesIO()
-        render(scene).save(buffer, "PNG", compress_level=1)
+        picture.save(buffer, "PNG", compress_level=1)
         name = f"{seed}-{shard * _ROWS_PER_SHARD + len(rows):06d}.png"
         texts = [captions(scene, rng, "named") for _ in range(captions_per_picture - 1)]
         texts.append(captions(scene, rng, "brief"))

@@ -23,6 +23,7 @@ from tests.toy import nested_image_tokenizer, save_llm, scale_rows
 from unimodal.generation.sampling import SamplingSettings, default_stop_ids, generate
 from unimodal.merge import merge
 from unimodal.pipeline import Unimodal
+from unimodal.processing_unimodal import UnimodalProcessor
 from unimodal.serving.check import Server, running_server
 
 openai = pytest.importorskip("openai", reason="openai's client is not installed")
@@ -39,6 +40,8 @@ PROMPTS = [
     for mark in (".", "!")
 ]
 TOKENS = 150
+OWN = {"guidance": 2.0, "temperature": 0.5, "top_k": 30}
+"""How the model draws where a request says nothing."""
 FLAGS = ["--max-num-seqs", "32", "--enable-prompt-tokens-details", "--block-size", "32"]
 
 
@@ -48,14 +51,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     llm = save_llm(base / "llm", "qwen3", head_dim=32, num_attention_heads=2, num_key_value_heads=1)
     nested_image_tokenizer(num_latent_tokens=MOST, codebook_size=64).save_pretrained(base / "it")
     merged = merge(llm, base / "it", base / "toy", vocab_mode="base")
-    processor = Unimodal.from_pretrained(merged, device="cpu", dtype="float32").processor
+    processor = UnimodalProcessor.from_pretrained(merged)
     vocabulary = processor.vocabulary
-    factors = {
-        vocabulary.start_token_id: 4.0,
-        vocabulary.end_token_id: 3.0,
-        processor.tokenizer.eos_token_id: 2.5,
+    # Pieces of characters are made unlikely: vLLM holds a text back that ends in one.
+    pieces = {
+        token_id: 0.0
+        for token_id in range(vocabulary.start_token_id)
+        if "\N{REPLACEMENT CHARACTER}" in processor.tokenizer.decode([token_id])
+    }
+    factors = pieces | {
+        vocabulary.start_token_id: 6.0,
+        vocabulary.end_token_id: 2.5,
+        processor.tokenizer.eos_token_id: 2.2,
     }
     scale_rows(merged, factors)
+    config = merged / "processor_config.json"
+    values = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps({**values, "draw_settings": OWN}), encoding="utf-8")
     return merged
 
 
@@ -140,8 +152,7 @@ def check_shape(model: Unimodal, choice: Any) -> None:
     parts.append({"type": "text", "text": message.content[done:]})
     parts = [part for part in parts if part.get("text") != ""]
     wanted = model.processor.parse(choice.token_ids)
-    # parse cuts the white space around the whole reply, vLLM does not; and broken characters, of
-    # which this model writes many, vLLM may hold back.
+    # parse cuts the white space around the whole reply, vLLM does not.
     assert [part["type"][:5] for part in parts if part.get("text", "x").strip()] == [
         part["type"][:5] for part in wanted if part.get("text", "x").strip()
     ]
@@ -149,13 +160,9 @@ def check_shape(model: Unimodal, choice: Any) -> None:
         part["codes"] for part in wanted if part["type"] == "image"
     ]
     text = "".join(part.get("text", "") for part in wanted)
-    assert legible(text) == legible(message.content)
+    assert text.strip() == message.content.strip()
     for image, part in zip(images, (p for p in wanted if p["type"] == "image"), strict=True):
         assert opened(image).tobytes() == part["image"].tobytes()
-
-
-def legible(text: str) -> str:
-    return text.replace("\N{REPLACEMENT CHARACTER}", "").strip()
 
 
 def opened(part: dict[str, Any]) -> Image.Image:
@@ -170,7 +177,7 @@ def test_the_model_decides_and_writes_what_it_writes_in_transformers(
     answers = [ask(client, prompt) for prompt in PROMPTS]
     assert [answer.choices[0].token_ids for answer in answers] == wanted
     counts = [num_images(model, ids) for ids in wanted]
-    assert {0, 1} < set(counts) and max(counts) >= 3
+    assert {0, 1, 2, 4} <= set(counts)
     ends = {answer.choices[0].finish_reason for answer in answers}
     assert ends == {"stop", "length"}
     for answer, ids in zip(answers, wanted, strict=True):
@@ -349,27 +356,48 @@ def test_sampled_replies_are_the_same_for_the_same_seed(
     assert sum(num_images(model, ids) for ids in first) >= 2
 
 
-def test_a_stop_string_ends_the_reply_behind_an_image(
-    client: Any, model: Unimodal, many: str
-) -> None:
-    prompt = many
-    whole = ask(client, prompt).choices[0].message
-    behind = whole.content[whole.images[0]["offset"] :]
-    stop = next(character for character in behind if character.isalpha())
-    if stop in whole.content[: whole.images[0]["offset"]]:
-        pytest.skip("the model's text has no letter that comes behind the image only")
-    message = ask(client, prompt, stop=[stop]).choices[0].message
-    assert message.content == whole.content[: whole.content.index(stop)]
-    assert message.images == [
-        image for image in whole.images if image["offset"] <= whole.content.index(stop)
-    ]
+def test_the_model_s_own_settings_are_the_defaults(client: Any, model: Unimodal) -> None:
+    told = client.models.list().data[0].unimodal["defaults"]
+    assert (told["guidance_scale"], told["temperature"], told["top_k"]) == (2.0, 0.5, 30)
+    answer = client.images.generate(
+        prompt="a star", n=3, extra_body={"seed": 7, "return_token_ids": True}
+    )
+    ids, negative = (
+        model.processor.render(
+            model.processor.draw_messages(text), add_generation_prompt=True
+        ).input_ids
+        for text in ("a star", "")
+    )
+    settings = SamplingSettings(guidance=2.0, image_temperature=0.5, image_top_k=30, seed=7)
+    expected = generate(
+        model.model,
+        model.processor,
+        [ids] * 3,
+        settings,
+        mode="image",
+        negative_prompts=[negative] * 3,
+    )
+    assert [image.token_ids for image in answer.data] == expected
+
+
+def test_a_stop_string_ends_the_reply_behind_an_image(client: Any) -> None:
+    for prompt in PROMPTS:
+        whole = ask(client, prompt).choices[0].message
+        offset = whole.images[0]["offset"] if hasattr(whole, "images") else len(whole.content)
+        new = sorted(set(whole.content[offset:]) - set(whole.content[:offset]))
+        if new:
+            break
+    stop = whole.content.index(new[0])
+    message = ask(client, prompt, stop=new[:1]).choices[0].message
+    assert message.content == whole.content[:stop]
+    assert message.images == [image for image in whole.images if image["offset"] <= stop]
 
 
 def test_content_parts_by_option(client: Any, model: Unimodal, many: str) -> None:
     prompt = many
     default = ask(client, prompt).choices[0].message
     message = ask(client, prompt, image={"content_format": "parts"}).choices[0].message
-    assert "images" not in message.model_dump()
+    assert getattr(message, "images", None) is None
     texts = [part["text"] for part in message.content if part["type"] == "text"]
     assert "".join(texts) == default.content
     images = [part for part in message.content if part["type"] == "image_url"]

@@ -21,6 +21,7 @@ from unimodal.serving.check import Server
 from unimodal.serving.openai_shapes import data_uri
 
 openai = pytest.importorskip("openai", reason="openai's client is not installed")
+hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed"),
@@ -56,7 +57,8 @@ def test_generations_are_streamed_with_previews(client: Any, model: Unimodal) ->
     assert completed.type == "image_generation.completed"
     assert completed.token_ids == whole.data[0].token_ids
     assert completed.b64_json == whole.data[0].b64_json
-    assert completed.usage.model_dump() == whole.usage.model_dump()
+    usage = completed.usage.model_dump()
+    assert usage == whole.usage.model_dump(exclude_none=True)
     assert {event.size for event in events} == {"16x16"}
     assert {opened(event.b64_json).format for event in events} == {"WEBP"}
 
@@ -185,7 +187,8 @@ def test_curl_chats_with_a_picture(server: Server) -> None:
 
 
 def test_the_list_of_models_tells_the_image_abilities(client: Any, model: Unimodal) -> None:
-    [card] = client.models.list().data
+    card, by_path = client.models.list().data  # two names of one model
+    assert by_path.unimodal == card.unimodal
     assert (card.id, card.object, card.owned_by) == ("toy", "model", "vllm")
     assert card.max_model_len == 512 and card.root and card.permission
     told = card.unimodal
@@ -194,7 +197,8 @@ def test_the_list_of_models_tells_the_image_abilities(client: Any, model: Unimod
     assert told["nested"] is True
     assert told["guidance"] is True and told["guidance_problem"] is None
     assert told["output_modalities"] == ["text", "image"]
-    assert told["defaults"]["guidance_scale"] == 3.0
+    defaults = {name: told["defaults"][name] for name in ("temperature", "top_k", "guidance_scale")}
+    assert defaults == {"temperature": 1.0, "top_k": 0, "guidance_scale": 3.0}
     # What is told can be sent.
     client.chat.completions.create(
         model=card.id,
@@ -237,31 +241,32 @@ def test_the_openapi_document_is_valid_and_complete(document: dict[str, Any]) ->
         assert {"image", "prompt", "n", "stream"} <= content["schema"]["properties"].keys()
 
 
-schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
-hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
+@pytest.mark.parametrize("path", OURS)
+def test_no_request_of_the_documented_shape_brings_the_server_down(
+    server: Server, document: dict[str, Any], path: str
+) -> None:
+    schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+    api = schemathesis.openapi.from_dict(document)
+    api.config.update(base_url=server.url)
+    [method] = document["paths"][path]
 
+    @hypothesis.settings(
+        max_examples=20,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(case=api[path][method].as_strategy())
+    def check(case: Any) -> None:
+        if path == "/v1/chat/completions":
+            # The time of the tests is short: replies of a few tokens.
+            case.body.update(max_tokens=3, n=1)
+            for name in ("max_completion_tokens", "min_tokens", "use_beam_search"):
+                case.body.pop(name, None)
+        answer = case.call(timeout=60)
+        assert answer.status_code < 500, answer.text
+        if answer.status_code >= 400:
+            assert answer.json()["error"]["message"]
 
-@pytest.fixture(scope="module")
-def api(server: Server, document: dict[str, Any]) -> Any:
-    loaded = schemathesis.openapi.from_dict(document)
-    loaded.config.update(base_url=server.url)
-    return loaded
-
-
-@schemathesis.pytest.from_fixture("api").parametrize()
-@hypothesis.settings(
-    max_examples=15,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(hypothesis.HealthCheck),
-)
-def test_no_request_of_the_documented_shape_brings_the_server_down(case: Any) -> None:
-    if isinstance(case.body, dict):
-        # The time of the tests is short: replies of a few tokens.
-        case.body.update(max_tokens=3, n=1)
-        for name in ("max_completion_tokens", "min_tokens", "ignore_eos", "use_beam_search"):
-            case.body.pop(name, None)
-    answer = case.call(timeout=60)
-    assert answer.status_code < 500, answer.text
-    if answer.status_code >= 400:
-        assert answer.json()["error"]["message"]
+    check()

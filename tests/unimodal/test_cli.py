@@ -134,6 +134,41 @@ def test_draw_writes_png_with_its_settings(run, folder, tmp_path):
     assert Path(second[0]).name == "a-red-circle-seed5-2.png"
 
 
+def test_draw_a_file_of_prompts(run, folder, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a star", "n": 2}\n{"prompt": "a ring"}\n')
+    arguments = ("draw", "--model", folder, "--prompts", "p.jsonl", "--seed", 5, "--guidance", 1)
+    code, out, _ = run(*arguments)
+    assert (code, out) == (0, "drawings: 3 drawn, 0 were there, 0 failed\n")
+    with Image.open(tmp_path / "drawings" / "000002.png") as image:
+        about = json.loads(image.text["unimodal"])
+    assert (about["seed"], about["guidance"], about["model"]) == (7, 1.0, str(folder.resolve()))
+    assert run(*arguments)[1] == "drawings: 0 drawn, 3 were there, 0 failed\n"
+    code, out, err = run(*arguments[:-1], 2)
+    assert (code, out) == (2, "") and "guidance 1.0, now it is 2.0" in err
+    (tmp_path / "p.jsonl").write_text('{"prompt": "' + "star " * 600 + '"}\n')
+    code, out, err = run("draw", "--model", folder, "--prompts", "p.jsonl", "--out", "other")
+    assert (code, out) == (1, "other: 0 drawn, 0 were there, 1 failed\n") and "512" in err
+
+
+def test_mistakes_about_files_of_prompts(run, folder, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a star"}\n{"promt": "a ring"}\n')
+    (tmp_path / "fine.jsonl").write_text('{"prompt": "a star", "budget": 99}\n')
+
+    def draw(*arguments):
+        return run("draw", "--model", folder, *arguments)
+
+    assert_one_line_error(draw("--prompts", "p.jsonl"), "line 2", "'promt'", "expected prompt, id")
+    assert_one_line_error(draw("a star", "--prompts", "p.jsonl"), "both")
+    assert_one_line_error(draw("a star", "--backend", "vllm"), "--prompts")
+    assert_one_line_error(draw(), "nothing to draw")
+    assert_one_line_error(draw("--prompts", "fine.jsonl", "--backend", "x"), "transformers or vllm")
+    assert_one_line_error(draw("--prompts", "fine.jsonl", "--vllm-args", "-x"), "--backend vllm")
+    flags = ("--backend", "vllm", "--device", "cpu")
+    assert_one_line_error(draw("--prompts", "fine.jsonl", *flags), "--device")
+    assert_one_line_error(draw("--prompts", "fine.jsonl"), "000001", "99")
+    assert not (tmp_path / "drawings").exists()
+
+
 def test_draw_mistakes(run, folder, tmp_path):
     def draw(*arguments, model=folder):
         return run("draw", "--model", model, *arguments)

@@ -1,6 +1,7 @@
 """What a run learns from: cached pictures, chats and texts, as ids and labels by direction."""
 
 import logging
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 DIALOGUE_QUESTIONS = 2
 """Most questions that follow a picture in a dialogue."""
+TEXTS_AT_ONCE = 1024
+"""Texts that are tokenised in one call."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Examples:
             "dialogue": _rows(both),
             "chat": _rows([cache.has_messages for cache in self.caches]),
         }
-        self.texts = TextExamples(processor.tokenizer, text, max_length).texts if text else []
+        self.texts = read_texts(text, processor.tokenizer, max_length)
         self.num_items = {name: len(rows) for name, rows in self._rows.items()}
         self.num_items["text"] = len(self.texts)
 
@@ -182,20 +185,8 @@ class TextExamples:
     """
 
     def __init__(self, tokenizer: Any, text: Sequence[str | Path], max_length: int) -> None:
-        self.texts: list[Example] = []
-        controls = _controls(tokenizer)
-        chats = []
-        for one in read_texts(text, tokenizer, max_length):
-            if isinstance(one, Example):
-                self.texts.append(one)
-            else:
-                plain = [{**m, "content": neutralise(m["content"], controls)} for m in one]
-                chats.append(tokenizer.apply_chat_template(plain, tokenize=False))
-        for start in range(0, len(chats), 4096):
-            batch = chats[start : start + 4096]
-            for ids in tokenize(tokenizer, batch, add_special_tokens=False):
-                self.texts += _pieces(ids, max_length)
-        if not self.texts:
+        self.texts = read_texts(text, tokenizer, max_length)
+        if not len(self.texts):
             raise DataError("a text model needs text; give .jsonl files in the recipe's text field")
         self.num_items = {"text": len(self.texts)}
         self.left_out = 0
@@ -206,53 +197,105 @@ class TextExamples:
 
     def mean_loss_tokens(self) -> dict[str, float]:
         """Return the mean number of loss tokens of a text."""
-        return {"text": float(np.mean([len(text.labels) - 1 for text in self.texts]))}
+        return {"text": float(np.mean(self.texts.lengths() - 1))}
 
 
-def read_texts(files: Sequence[str | Path], tokenizer: Any, max_length: int) -> list[Any]:
-    """Read text files: plain text as `Example`s that end in eos, chats as their messages.
+class Texts(Sequence[Example]):
+    """Texts that are learnt as a whole, in four bytes a token; an `Example` is made when asked for.
 
-    Plain text is cut into pieces of ``max_length`` tokens; control words in it are neutralised.
+    Args:
+        ids: int32, the token ids of all texts, one after the other.
+        offsets: int64; text i is ``ids[offsets[i]:offsets[i + 1]]``.
+    """
+
+    def __init__(self, ids: np.ndarray, offsets: np.ndarray) -> None:
+        self.ids, self.offsets = ids, offsets
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a text, or a list of texts for a slice."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"text {index} of {len(self)}")
+        start, stop = self.offsets[index % len(self) :][:2]
+        part = self.ids[start:stop].astype(np.int64)
+        return Example(part, part, "text")
+
+    def lengths(self) -> np.ndarray:
+        """Return the tokens of each text: int64 (number of texts,)."""
+        return np.diff(self.offsets)
+
+
+class _Growing:
+    """Token ids that come text by text, cut into pieces of ``max_length``."""
+
+    def __init__(self, max_length: int) -> None:
+        self.max_length = max_length
+        self.ids, self.lengths = array("i"), array("q")
+
+    def add(self, ids: list[int]) -> None:
+        """Add a text; a rest of one token has nothing to learn and is left out."""
+        for start in range(0, max(len(ids) - 1, 1), self.max_length):
+            part = ids[start : start + self.max_length]
+            if len(part) > 1:
+                self.ids.extend(part)
+                self.lengths.append(len(part))
+
+
+def read_texts(files: Sequence[str | Path], tokenizer: Any, max_length: int) -> Texts:
+    """Read and tokenise text files, a few thousand lines at a time.
+
+    Plain texts come first and end in eos, then chats as the chat template words them; both are cut
+    into pieces of ``max_length`` tokens. Control words in what was written are neutralised.
 
     Raises:
         DataError: a file is missing, or no line could be used.
     """
-    plain: list[str] = []
-    chats: list[Any] = []
-    skipped: list[Skipped] = []
-    for line in read_text(files):
-        if isinstance(line, Skipped):
-            report(line, len(skipped))
-            skipped.append(line)
-        elif isinstance(line, str):
-            plain.append(line)
-        else:
-            chats.append(line)
-    if skipped:
-        logger.warning("%s: %d lines skipped", ", ".join(map(str, files)), len(skipped))
-    if files and not plain and not chats:
-        raise DataError(f"no usable line in {', '.join(map(str, files))}; see docs/data_formats.md")
     controls = _controls(tokenizer)
-    plain = [neutralise(text, controls) for text in plain]
-    examples: list[Any] = []
-    for start in range(0, len(plain), 4096):
-        batch = plain[start : start + 4096]
-        for ids in tokenize(tokenizer, batch, add_special_tokens=True):
-            if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+    plain, chats = _Growing(max_length), _Growing(max_length)
+    waiting: dict[bool, list[str]] = {False: [], True: []}  # by whether it is a chat
+
+    def flush(is_chat: bool) -> None:
+        texts = waiting[is_chat]
+        rows = tokenize(tokenizer, texts, add_special_tokens=not is_chat) if texts else []
+        for ids in rows:
+            if not is_chat and ids[-1:] != [tokenizer.eos_token_id] != [None]:
                 ids = [*ids, tokenizer.eos_token_id]
-            examples += _pieces(ids, max_length)
-    return examples + chats
+            (chats if is_chat else plain).add(ids)
+        texts.clear()
+
+    skipped = lines = 0
+    for line in read_text(files):
+        lines += 1
+        if isinstance(line, Skipped):
+            report(line, skipped)
+            skipped += 1
+            continue
+        is_chat = not isinstance(line, str)
+        if isinstance(line, str):
+            text = neutralise(line, controls)
+        else:
+            said = [{**m, "content": neutralise(m["content"], controls)} for m in line]
+            text = tokenizer.apply_chat_template(said, tokenize=False)
+        waiting[is_chat].append(text)
+        if len(waiting[is_chat]) == TEXTS_AT_ONCE:
+            flush(is_chat)
+    flush(False)
+    flush(True)
+    if skipped:
+        logger.warning("%s: %d lines skipped", ", ".join(map(str, files)), skipped)
+    if files and skipped == lines:
+        raise DataError(f"no usable line in {', '.join(map(str, files))}; see docs/data_formats.md")
+    ids = np.concatenate([np.frombuffer(kind.ids, np.int32) for kind in (plain, chats)])
+    lengths = np.concatenate([np.frombuffer(kind.lengths, np.int64) for kind in (plain, chats)])
+    return Texts(ids, np.concatenate(([0], np.cumsum(lengths))))
 
 
 def _controls(tokenizer: Any) -> frozenset[str]:
     return frozenset(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
-
-
-def _pieces(ids: list[int], max_length: int) -> list[Example]:
-    """Cut a text that is learnt as a whole; a rest of one token has nothing to learn."""
-    starts = range(0, max(len(ids) - 1, 1), max_length)
-    parts = [np.array(ids[start : start + max_length]) for start in starts]
-    return [Example(part, part, "text") for part in parts if len(part) > 1]
 
 
 def _rows(usable: Sequence[np.ndarray]) -> np.ndarray:

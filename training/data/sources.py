@@ -419,8 +419,9 @@ def _picture_row(
     questions = _questions(record, columns)
     if need_text and not captions and not questions:
         raise DataError('has no caption: needs "text" or "captions" (or "questions")')
-    texts = {"captions": captions, "prompts": prompts}
-    return Row(index, where, source, image=image, questions=questions, **texts)
+    return Row(
+        index, where, source, image=image, captions=captions, prompts=prompts, questions=questions
+    )
 
 
 def _first_column(

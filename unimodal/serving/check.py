@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,10 @@ from unimodal.serving.serve import require_vllm
 START_SECONDS = 600
 STOP_SECONDS = 20
 CAPTION_TOKENS = 32
+_WITHOUT_PLUGIN = """
+import sys
+from unimodal.serving.serve import serve
+serve(sys.argv[1], sys.argv[2:], plugin=False)"""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Server:
     """``http://127.0.0.1:PORT``; OpenAI's interface is below ``/v1``."""
     start_seconds: float
     log: Path
+    pid: int
+    """Of the process that the others are children of."""
 
     def get(self, path: str) -> str:
         """Return the body of a GET request."""
@@ -72,7 +78,12 @@ class Server:
 
 @contextmanager
 def running_server(
-    folder: str | Path, vllm_args: Sequence[str] = (), log: str | Path | None = None
+    folder: str | Path,
+    vllm_args: Sequence[str] = (),
+    log: str | Path | None = None,
+    *,
+    plugin: bool = True,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
     """Run ``unimodal serve`` on a free port of this machine while the block runs.
 
@@ -80,6 +91,8 @@ def running_server(
         folder: a merged model.
         vllm_args: flags for vLLM.
         log: where the server's output goes; a temporary file if None.
+        plugin: False starts the same vLLM without anything of ours, to compare with.
+        environment: variables that are set for the server only.
 
     Raises:
         ServingError: vLLM is not installed, or the server ended or was not ready in time; the
@@ -90,21 +103,21 @@ def running_server(
         log = Path(log) if log is not None else Path(temporary, "server.log")
         port = _free_port()
         arguments = ["--host", "127.0.0.1", "--port", str(port), *vllm_args]
-        command = [sys.executable, "-m", "unimodal.cli", "serve", str(folder), *arguments]
-        environment = {"VLLM_NO_USAGE_STATS": "1", **os.environ}
+        start = ["-m", "unimodal.cli", "serve"] if plugin else ["-c", _WITHOUT_PLUGIN]
+        command = [sys.executable, *start, str(folder), *arguments]
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=environment,
+                env={"VLLM_NO_USAGE_STATS": "1", **os.environ, **(environment or {})},
                 start_new_session=True,  # one process group, so that no worker outlives it
             )
         try:
             began = time.monotonic()
             _wait_until_ready(process, f"http://127.0.0.1:{port}/health", log)
-            yield Server(f"http://127.0.0.1:{port}", time.monotonic() - began, log)
+            yield Server(f"http://127.0.0.1:{port}", time.monotonic() - began, log, process.pid)
         finally:
             _stop(process)
 

@@ -1,7 +1,7 @@
 """Images for the routes: options in, pictures out, with previews on the way.
 
-Between the requests (openai_shapes.py) and the engine (segments.py). Decoding runs in threads, so
-it holds up neither the event loop nor the codes.
+Between the requests (openai_shapes.py) and the engine (segments.py). Decoding runs elsewhere
+(codec.py), so it holds up neither the event loop nor the codes.
 """
 
 import asyncio
@@ -12,7 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from unimodal.pipeline import GUIDANCE
+from unimodal.generation.grammar import ImageSpanGrammar
+from unimodal.serving import metrics
 from unimodal.serving.openai_shapes import ImageOptions
 from unimodal.serving.prompts import Prompts
 from unimodal.serving.segments import DrawSettings, ImageSegments
@@ -44,16 +45,18 @@ class Drawing:
     def __init__(self, segments: ImageSegments, prompts: Prompts) -> None:
         self.segments = segments
         self.prompts = prompts
-        self.processor = prompts.processor
+        self.codec = prompts.codec
         self.vocabulary = segments.vocabulary
         self._negatives: dict[str, list[int]] = {}
         """Unconditional prompts by text; nearly every request has the same."""
 
     def settings(self, options: ImageOptions, seed: int) -> DrawSettings:
         """Return how one image is drawn."""
+        own = self.processor.draw_settings
+        top_k = own["top_k"] if options.top_k is None else options.top_k
         return DrawSettings(
-            temperature=options.temperature,
-            top_k=options.top_k,
+            temperature=own["temperature"] if options.temperature is None else options.temperature,
+            top_k=top_k or 0,
             guidance=self.guidance(options),
             budget=options.budget,
             seed=seed,
@@ -63,7 +66,15 @@ class Drawing:
         """Return the guidance that was asked for, or what this server takes without a word."""
         if options.guidance_scale is not None:
             return options.guidance_scale
-        return 1.0 if self.segments.guidance_problem else GUIDANCE
+        return 1.0 if self.segments.guidance_problem else self.processor.draw_settings["guidance"]
+
+    def span_tokens(self, options: ImageOptions) -> int:
+        """Return how many token ids an image of these options takes at most.
+
+        Raises:
+            ConfigurationError: a budget that the image tokenizer does not have.
+        """
+        return ImageSpanGrammar(self.vocabulary, max_codes=options.budget).max_span_ids
 
     async def negative(self, options: ImageOptions) -> list[int]:
         """The unconditional prompt; not needed, and empty, where guidance is off."""
@@ -111,7 +122,8 @@ class Drawing:
         try:
             while (ids := await previews.next()) is not None:
                 codes = self.vocabulary.to_codes(ids)
-                image = await asyncio.to_thread(self.processor.decode_beginning, codes)
+                with metrics.timed("decode", metrics.DECODE_SECONDS):
+                    image = await self.codec.decode_beginning(codes)
                 if image is not None and not drawing.done():
                     yield Preview(image)
             span = await drawing
@@ -120,7 +132,9 @@ class Drawing:
             with suppress(asyncio.CancelledError, Exception):
                 await drawing
         codes = self.vocabulary.to_codes(span[1:-1])
-        [image] = await asyncio.to_thread(self.processor.decode_codes, [codes])
+        with metrics.timed("decode", metrics.DECODE_SECONDS):
+            [image] = await self.codec.decode([codes])
+        metrics.went_out(1, len(span))
         yield Drawn(image, codes, span)
 
 

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse, Response
 
 from tokenizer_hf.errors import UnimodalError
 from unimodal.serving.drawing import Drawing, Drawn, Preview
+from unimodal.serving.lifecycle import ENGINE_DEAD
 from unimodal.serving.openai_shapes import (
     ImageData,
     ImageEvent,
@@ -23,7 +24,7 @@ from unimodal.serving.openai_shapes import (
 )
 from unimodal.serving.replies import EventStream
 from unimodal.serving.segments import together
-from unimodal.serving.vllm_private import merge_async_iterators
+from unimodal.serving.vllm_private import EngineDeadError, merge_async_iterators
 
 
 class ImagesReply:
@@ -104,6 +105,8 @@ class ImagesReply:
                     yield event(item.model_dump(exclude_none=True), item.type)
         except UnimodalError as error:
             yield event(error_body(str(error), 503, "ServiceUnavailableError"), "error")
+        except EngineDeadError:
+            yield event(error_body(ENGINE_DEAD, 503, "ServiceUnavailableError"), "error")
 
     async def _image_events(self, index: int) -> AsyncGenerator[ImageEvent, None]:
         num_previews = 0
@@ -112,10 +115,10 @@ class ImagesReply:
                 file = await asyncio.to_thread(file_of, step.image, self.request)
                 file |= {"index": index, "created_at": int(time.time())}
                 if isinstance(step, Preview):
-                    kind = f"{self.kind}.partial_image"
-                    yield ImageEvent(type=kind, partial_image_index=num_previews, **file)
+                    file |= {"type": f"{self.kind}.partial_image"}
+                    yield ImageEvent(partial_image_index=num_previews, **file)
                     num_previews += 1
                     continue
                 ids = step.span if self.request.return_token_ids else None
-                kind = f"{self.kind}.completed"
-                yield ImageEvent(type=kind, usage=self._usage([step]), token_ids=ids, **file)
+                file |= {"type": f"{self.kind}.completed"}
+                yield ImageEvent(usage=self._usage([step]), token_ids=ids, **file)

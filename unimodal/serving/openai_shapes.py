@@ -37,13 +37,14 @@ class ImageOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    temperature: float = Field(default=1.0, ge=0, le=100)
-    """0 takes the likeliest code."""
-    top_k: int = Field(default=0, ge=0)
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    """0 takes the likeliest code. None, here and in the next two: the model's own
+    (``draw_settings``), as ``Unimodal.draw``."""
+    top_k: int | None = Field(default=None, ge=0)
     """Draw from this many of the likeliest codes; 0 for all."""
     guidance_scale: float | None = Field(default=None, ge=0, le=100)
-    """1 is off; 2 to 5 follows the prompt more closely and takes two requests of the engine. None:
-    what ``Unimodal.draw`` takes, or 1 on a server whose flags leave no room for pairs."""
+    """1 is off; 2 to 5 follows the prompt more closely and takes two requests of the engine. None
+    is 1 on a server whose flags leave no room for pairs."""
     negative_prompt: str = ""
     """What the unconditional prompt describes; used with guidance."""
     budget: int | None = Field(default=None, ge=1)
@@ -354,9 +355,12 @@ class Abilities(BaseModel):
 
 
 def abilities(
-    vocabulary: VocabularyExtension, image_size: int, guidance: float, guidance_problem: str | None
+    vocabulary: VocabularyExtension,
+    image_size: int,
+    defaults: dict[str, Any],
+    guidance_problem: str | None,
 ) -> Abilities:
-    """Say what a model does with images; ``guidance`` is its default."""
+    """Say what a model does with images; ``defaults`` are its own settings."""
     return Abilities(
         size=f"{image_size}x{image_size}",
         codes=Codes(
@@ -368,7 +372,7 @@ def abilities(
         nested=vocabulary.nested,
         guidance=guidance_problem is None,
         guidance_problem=guidance_problem,
-        defaults={**ChatImageOptions().model_dump(), "guidance_scale": guidance},
+        defaults={**ChatImageOptions().model_dump(), **defaults},
     )
 
 

@@ -21,9 +21,13 @@ from pydantic import ValidationError
 
 from tokenizer_hf.errors import CheckpointError, ConfigurationError, ServingError, UnimodalError
 from unimodal.processing_unimodal import UnimodalProcessor
-from unimodal.serving import openapi
+from unimodal.serving import metrics, openapi
+from unimodal.serving.codec import ImageCodec
 from unimodal.serving.drawing import Drawing
+from unimodal.serving.gate import Admission
 from unimodal.serving.images import ImagesReply
+from unimodal.serving.lifecycle import ENGINE_DEAD, drain_on_sigterm, health_answer
+from unimodal.serving.limits import Limits
 from unimodal.serving.logits import START_BEFORE_KEY
 from unimodal.serving.openai_shapes import (
     ChatImageOptions,
@@ -38,11 +42,13 @@ from unimodal.serving.openai_shapes import (
     plain_messages,
     read_body,
 )
-from unimodal.serving.prompts import Prompts, template_values
+from unimodal.serving.prompts import Prompts
 from unimodal.serving.replies import Reply, why_no_images
 from unimodal.serving.segments import ImageSegments
+from unimodal.serving.user_text import harmless_request, template_values
 from unimodal.serving.vllm_private import (
     ChatCompletionRequest,
+    EngineDeadError,
     check_model_name,
     load_aware_call,
     lora_of,
@@ -69,6 +75,11 @@ def answering_errors(handler: Handler) -> Handler:
             return JSONResponse(error_body(str(error), 503, "ServiceUnavailableError"), 503)
         except UnimodalError as error:
             return JSONResponse(error_body(str(error), 400, "BadRequestError"), 400)
+        except RecursionError:
+            message = "the request is nested too deeply, expected what the API describes"
+            return JSONResponse(error_body(message, 400, "BadRequestError"), 400)
+        except EngineDeadError:  # vLLM's watchdog ends the server within seconds
+            return JSONResponse(error_body(ENGINE_DEAD, 503, "ServiceUnavailableError"), 503)
 
     return wrapper
 
@@ -103,6 +114,10 @@ class UnimodalEndpoints:
         async def show_available_models() -> Any:
             return await models()
 
+        @router.get("/health", response_class=JSONResponse)
+        async def health() -> Any:
+            return await health_answer(self.engine, self.processor.vq_model, self.admission)
+
         app.include_router(router)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
@@ -113,7 +128,17 @@ class UnimodalEndpoints:
             UnimodalProcessor.from_pretrained, config.model, revision=config.revision
         )
         vocabulary = self.processor.vocabulary
-        self.prompts = Prompts(self.processor)
+        self.engine = engine_client
+        self.limits = Limits.from_environ()
+        if self.limits.max_image_pixels:
+            self.processor.image_processor.max_pixels = self.limits.max_image_pixels
+        vllm = engine_client.vllm_config
+        seats = vllm.scheduler_config.max_num_seqs * vllm.parallel_config.data_parallel_size
+        self.admission = state.unimodal_admission = Admission(seats + self.limits.max_queue)
+        self._drain = asyncio.create_task(
+            drain_on_sigterm(state, self.admission, vllm.shutdown_timeout)
+        )
+        self.prompts = Prompts(self.processor, ImageCodec(self.processor), self.limits)
         self.drawing = Drawing(ImageSegments(engine_client, vocabulary), self.prompts)
         self.image_size = int(self.processor.vq_model.config.image_size)  # type: ignore[union-attr]
         problem = self.drawing.segments.guidance_problem
@@ -135,6 +160,7 @@ class UnimodalEndpoints:
             raise ConfigurationError(
                 f"messages is {body.get('messages')!r:.80}, expected a list of at least one message"
             )
+        metrics.current().model = str(body.get("model"))[:128]
         mode = modalities_of(body)
         options = read_body(ChatImageOptions, _object(body, "image"))
         check_partial_images(options, body.get("stream"))
@@ -154,6 +180,7 @@ class UnimodalEndpoints:
         refused = await self._refused_model(request)
         if refused is not None:
             return refused
+        options = self._within_budget(options, request.n or 1)
         reply = Reply(
             self.state.openai_serving_chat,
             self.drawing,
@@ -181,11 +208,17 @@ class UnimodalEndpoints:
         """``GET /v1/models``."""
         listed = await self.state.openai_serving_models.show_available_models()
         answer = listed.model_dump()
+        own = self.drawing.settings(ChatImageOptions(), 0)
+        defaults = {
+            "temperature": own.temperature,
+            "top_k": own.top_k,
+            "guidance_scale": own.guidance,
+        }
         for card in answer["data"]:
             card["unimodal"] = abilities(
                 self.drawing.vocabulary,
                 self.image_size,
-                self.drawing.guidance(ChatImageOptions()),
+                defaults,
                 self.drawing.segments.guidance_problem,
             ).model_dump()
         return JSONResponse(answer)
@@ -199,8 +232,10 @@ class UnimodalEndpoints:
         kind: str,
         raw_request: Request,
     ) -> Response:
+        metrics.current().model = request.model
         check_size(request.size, self.image_size)
         check_partial_images(request, request.stream)
+        self.limits.check_image_tokens(request.n, self.drawing.span_tokens(request))
         named = ChatCompletionRequest.model_validate({"model": request.model, "messages": []})
         refused = await self._refused_model(named)
         if refused is not None:
@@ -210,6 +245,13 @@ class UnimodalEndpoints:
         reply = ImagesReply(self.drawing, request, prompt, kind, lora_request)
         return await _until_disconnect(reply.respond, raw_request)
 
+    def _within_budget(self, options: ChatImageOptions, n: int) -> ChatImageOptions:
+        """Bound the images of each of ``n`` choices by the server's limit of image ids."""
+        span = self.drawing.span_tokens(options)
+        self.limits.check_image_tokens(n, span)
+        most = self.limits.max_image_tokens // (n * span) or options.max_images
+        return options.model_copy(update={"max_images": min(options.max_images, most)})
+
     async def _chat_request(self, body: Body) -> tuple[ChatCompletionRequest, list[int]]:
         """Return the request as vLLM reads it and the prompt's ids, empty where vLLM renders."""
         body = {key: value for key, value in body.items() if key not in ("modalities", "image")}
@@ -217,12 +259,14 @@ class UnimodalEndpoints:
         prompt: list[int] = []
         transfer = {**_object(body, "kv_transfer_params")}
         if stock_only:
-            body["messages"] = self.prompts.neutralised(body["messages"], stock_only)
             transfer.pop("prompt_token_ids", None)
             body["kv_transfer_params"] = transfer or None
+            body = harmless_request(body, stock_only, self.processor)
         else:
             plain = plain_messages(body["messages"])
-            prompt = await self.prompts.of_messages(plain, **template_values(body))
+            prompt = await self.prompts.of_messages(
+                plain, **template_values(body, self.processor.tokenizer)
+            )
             # The handler looks at the messages' shape only; pictures are in the ids.
             body["messages"] = [
                 {"role": message["role"], "content": _text_of(message["content"])}

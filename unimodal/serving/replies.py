@@ -23,6 +23,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from tokenizer_hf.errors import ConfigurationError, UnimodalError
 from unimodal.generation.grammar import ImageSpanGrammar
 from unimodal.serving.drawing import Drawing, Preview
+from unimodal.serving.lifecycle import ENGINE_DEAD
 from unimodal.serving.logits import START_BEFORE_KEY
 from unimodal.serving.openai_shapes import (
     MAX_IMAGES,
@@ -36,6 +37,7 @@ from unimodal.serving.openai_shapes import (
 from unimodal.serving.segments import DrawSettings, together
 from unimodal.serving.vllm_private import (
     ChatCompletionRequest,
+    EngineDeadError,
     ErrorResponse,
     lora_of,
     merge_async_iterators,
@@ -441,6 +443,8 @@ class Reply:
             yield event(refused.body)
         except UnimodalError as error:
             yield event(error_body(str(error), 503, "ServiceUnavailableError"))
+        except EngineDeadError:
+            yield event(error_body(ENGINE_DEAD, 503, "ServiceUnavailableError"))
         yield "data: [DONE]\n\n"
 
     def _chunk(

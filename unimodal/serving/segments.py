@@ -31,6 +31,7 @@ from tokenizer_hf.errors import ConfigurationError, MessageError, ServingError
 from tokenizer_hf.vocabulary import ImageVocabulary
 from unimodal.generation.grammar import ImageSpanGrammar
 from unimodal.serving.logits import CONDITIONAL, UNCONDITIONAL, Segment
+from unimodal.serving.metrics import PAIRS, pair_restarted, waited
 from unimodal.serving.vllm_private import api_process_count
 
 MAX_IDLE_RESTARTS = 20
@@ -316,7 +317,10 @@ class ImageSegments:
             written = await self._draw_alone([*prompt, start], segment, most, call)
         else:
             tokens = self._pair_tokens(max(len(prompt), len(negative)), grammar)
+            began = time.monotonic()
             async with call.engine.seats.taken(tokens):
+                waited(time.monotonic() - began)
+                PAIRS.inc()
                 self.pairs += 1
                 prompts = ([*prompt, start], [*negative, start])
                 written = await self._draw_pair(prompts, segment, most, call)
@@ -381,6 +385,7 @@ class ImageSegments:
             if len(common) == max_tokens or common[-1:] == [self.vocabulary.end_token_id]:
                 return common
             self.restarts += 1
+            pair_restarted()
             idle = 0 if fresh else idle + 1
             if idle > MAX_IDLE_RESTARTS:
                 raise ServingError(

@@ -11,38 +11,72 @@ from pathlib import Path
 from typing import Any
 
 from tokenizer_hf.errors import CheckpointError, ServingError
+from unimodal.serving.adapters import adapter_flags
+from unimodal.serving.limits import Limits
 
 PLUGIN_NAME = "unimodal"
 LOGITS_PROCESSOR = "unimodal.serving.logits:ImageLogitsProcessor"
+MIDDLEWARE = "unimodal.serving.gate.Gate"
+SHUTDOWN_SECONDS = 30
+"""For requests at work when the server is told to stop; vLLM's own default is to abort them."""
 CPU_CACHE_GIB = 1
 """Room for keys and values on a CPU; vLLM's own default is 4 GiB or a share of all memory."""
 
 
-def serve(folder: str | Path, vllm_args: Sequence[str] = ()) -> None:
+def serve(
+    folder: str | Path,
+    vllm_args: Sequence[str] = (),
+    limits: Limits | None = None,
+    *,
+    plugin: bool = True,
+) -> None:
     """Serve a merged model until it is interrupted. Does not return before that.
 
     Args:
         folder: what ``unimodal merge`` wrote, or a hub id of such a folder.
         vllm_args: any flags of ``vllm serve``; they win over our defaults.
+        limits: what requests may take; None reads the ``UNIMODAL_*`` variables.
+        plugin: False leaves out our endpoints, our gate and our logits processor: the plain vLLM
+            that a bench compares with, everything else the same.
 
     Raises:
-        ServingError: vLLM is not installed.
-        CheckpointError: the folder is no merged model.
+        ServingError, CheckpointError: as :func:`command_line`.
+    """
+    arguments, environment = command_line(folder, vllm_args, plugin=plugin)
+    from unimodal.serving.vllm_private import run_command_line
+
+    os.environ.update(environment)
+    os.environ.update((limits or Limits.from_environ()).to_environ())
+    run_command_line(arguments)
+
+
+def command_line(
+    folder: str | Path, vllm_args: Sequence[str] = (), *, plugin: bool = True
+) -> tuple[list[str], dict[str, str]]:
+    """Check that this machine can serve the model and its adapters, and :func:`prepare` it.
+
+    Raises:
+        ServingError: vLLM is not installed, or cannot compute this model or these adapters.
+        CheckpointError: the folder is no merged model, or an adapter is none.
     """
     require_vllm()
     config = read_config(folder)
     from vllm.platforms import current_platform
 
-    from unimodal.serving.vllm_private import cpu_head_sizes, run_command_line
+    from unimodal.serving.vllm_private import cpu_head_sizes
 
     on_cpu = current_platform.is_cpu()
     if on_cpu:
         check_head_size(config, cpu_head_sizes())
-    arguments, environment = prepare(
-        folder, vllm_args, on_cpu=on_cpu, config=config, environ=os.environ
+    flags = adapter_flags(vllm_args, on_cpu=on_cpu, environ=os.environ)
+    return prepare(
+        folder,
+        [*vllm_args, *flags],
+        on_cpu=on_cpu,
+        config=config,
+        environ=os.environ,
+        plugin=plugin,
     )
-    os.environ.update(environment)
-    run_command_line(arguments)
 
 
 def check_head_size(config: Mapping[str, Any], supported: Sequence[int]) -> None:
@@ -118,6 +152,7 @@ def prepare(
     on_cpu: bool,
     config: Mapping[str, Any],
     environ: Mapping[str, str],
+    plugin: bool = True,
 ) -> tuple[list[str], dict[str, str]]:
     """Work out vLLM's command line and the environment variables to set.
 
@@ -127,6 +162,7 @@ def prepare(
         on_cpu: vLLM will run on a CPU.
         config: the model's config.json.
         environ: the environment as it is.
+        plugin: False leaves out what is ours.
 
     Returns:
         Arguments (``serve FOLDER ...``), and the variables to add or replace.
@@ -135,7 +171,7 @@ def prepare(
     arguments = ["serve", str(folder), *given]
     environment = {}
     plugins = [name for name in environ.get("VLLM_PLUGINS", "").split(",") if name]
-    if PLUGIN_NAME not in plugins:
+    if plugin and PLUGIN_NAME not in plugins:
         environment["VLLM_PLUGINS"] = ",".join([*plugins, PLUGIN_NAME])
 
     def default(flag: str, *values: str, unless: Sequence[str] = ()) -> None:
@@ -154,7 +190,12 @@ def prepare(
     elif "VLLM_USE_V2_MODEL_RUNNER" not in environ:
         # Our logits processor has both interfaces, but the newer one has not run on a GPU yet.
         environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    arguments.extend(["--logits-processors", *processors, LOGITS_PROCESSOR])
+    default("--shutdown-timeout", str(SHUTDOWN_SECONDS))
+    if plugin:
+        arguments.extend(["--middleware", MIDDLEWARE])  # the last one given is the outermost
+    processors += [LOGITS_PROCESSOR] if plugin else []
+    if processors:
+        arguments.extend(["--logits-processors", *processors])
     return arguments, environment
 
 

@@ -42,8 +42,15 @@ from vllm.entrypoints.serve.utils.api_utils import (
 from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 
+# Reads vLLM's own flags for an engine without a server; vLLM's examples import it from here too.
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
 # Streams of several choices become one. asyncio has no such function.
 from vllm.utils.async_utils import merge_async_iterators
+
+# What `EngineClient.generate` and `check_health` raise once the engine's process is gone; no public
+# package exports it.
+from vllm.v1.engine.exceptions import EngineDeadError
 
 # Both logits-processor interfaces. Documented, but the two paths are not: which of them an engine
 # loads depends on its model runner, and each refuses the other's subclass (see logits.py).
@@ -64,6 +71,7 @@ __all__ = [
     "ChatCompletionResponseChoice",
     "ChatMessage",
     "ErrorResponse",
+    "EngineDeadError",
     "LogitsContext",
     "LogitsProcRequestState",
     "LogitsProcessorV1",
@@ -74,6 +82,7 @@ __all__ = [
     "api_process_count",
     "check_model_name",
     "cpu_head_sizes",
+    "engine_arguments",
     "load_aware_call",
     "lora_of",
     "merge_async_iterators",
@@ -157,6 +166,14 @@ def cpu_head_sizes() -> list[int]:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     return list(CPUAttentionBackend.get_supported_head_sizes())
+
+
+def engine_arguments(arguments: Sequence[str]) -> Any:
+    """Parse ``FOLDER [engine flags of vllm serve]`` into what ``from_cli_args`` takes."""
+    from vllm import AsyncEngineArgs
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm"))
+    return parser.parse_args(["--model", *arguments])
 
 
 def run_command_line(arguments: Sequence[str]) -> None:
