@@ -356,4 +356,4 @@ def test_bench_masking_prints_and_writes_ratios_of_every_kind(tmp_path: Any) -> 
     assert set(one) == {"batch", "step_ms", "images", "texts"}
     assert set(six) == {"batch", "step_ms", "images", "pairs", "texts", "mixed"}
     for kind in ("images", "pairs", "texts", "mixed"):
-        assert six[kind]["apply_ms"] > 0 and six[kind]["ratio"] > 0
+        assert min(six[kind][name] for name in ("apply_ms", "ratio", "cpu_ratio")) > 0

@@ -159,7 +159,7 @@ def _processor(
     processor = ImageLogitsProcessor(config, device)
     codes = vocabulary.num_tokens * len(vocabulary.ranges) // 2
     written = [vocabulary.ranges[index % len(vocabulary.ranges)][0] for index in range(codes)]
-    added: list[Any] = []
+    added: list[tuple[int, SamplingParams, list[int], list[int]]] = []
     for row in range(size - size % len(kind)):
         role = {"c": CONDITIONAL, "u": UNCONDITIONAL}.get(kind[row % len(kind)])
         segment = Segment(

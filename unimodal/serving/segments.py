@@ -507,7 +507,7 @@ class ImageSegments:
             ignore_eos=True,
             detokenize=False,
             output_kind=kind,
-            extra_args=segment and segment.to_extra_args(),
+            extra_args=segment.to_extra_args() if segment else None,
             skip_clone=True,  # made for one request and changed by nobody
         )
 
