@@ -177,8 +177,7 @@ def log_requests_to(target: str) -> None:
 
     A file that is moved away (logrotate) is opened anew.
     """
-    for handler in list(_logger.handlers):
-        _logger.removeHandler(handler)
+    _logger.handlers.clear()
     _logger.propagate = False
     _logger.setLevel(logging.CRITICAL + 1 if target == "off" else logging.INFO)
     if target == "off":
