@@ -204,7 +204,7 @@ def test_what_a_model_card_tells() -> None:
     card = ModelCard("toy", {"size": "16x16", "codes": codes, "nested": True})
     assert (card.side_pixels, card.budget, card.codebook_size) == (16, (2, 48), 64)
     assert ModelCard("toy", {"codes": codes, "nested": False}).budget is None
-    assert ModelCard("toy", {"defaults": {"guidance_scale": 1.0}}).guidance == 1
+    assert ModelCard("toy", {"defaults": {"top_k": 0}}).default("top_k", 5) == 0
     listed = [
         {"id": "toy", "root": "/models/toy", "unimodal": {"nested": False}},
         {"id": "/models/toy", "root": "/models/toy"},
@@ -212,7 +212,7 @@ def test_what_a_model_card_tells() -> None:
     ]
     assert [item.name for item in model_cards(listed)] == ["toy", "cats"]
     unknown = ModelCard("gpt")
-    assert (unknown.side_pixels, unknown.budget, unknown.guidance) == (None, None, 3)
+    assert (unknown.side_pixels, unknown.budget, unknown.default("top_k", 5)) == (None, None, 5)
 
 
 # --- a server that fails --------------------------------------------------------------------------

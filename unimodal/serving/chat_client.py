@@ -22,8 +22,6 @@ from tokenizer_hf.errors import ImageError, ServingError
 MAX_SIDE_PIXELS = 1024
 """Larger pictures are made smaller before they are sent, with every turn again."""
 SENT_AS_THEY_ARE = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
-GUIDANCE = 3.0
-"""As ``Unimodal.draw``, where the server does not tell its own default."""
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 600.0
 """Longest silence of the server before the page gives up."""
@@ -295,11 +293,10 @@ class ModelCard:
         """Why the server cannot guide, or None."""
         return self.abilities.get("guidance_problem")
 
-    @property
-    def guidance(self) -> float:
-        """The server's default guidance."""
-        default = (self.abilities.get("defaults") or {}).get("guidance_scale")
-        return GUIDANCE if default is None else float(default)
+    def default(self, name: str, otherwise: float) -> float:
+        """What the server takes where a request leaves a field of its ``image`` object out."""
+        value = (self.abilities.get("defaults") or {}).get(name)
+        return otherwise if value is None else value
 
 
 def model_cards(listed: Sequence[Mapping[str, Any]]) -> list[ModelCard]:

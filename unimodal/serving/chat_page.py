@@ -13,7 +13,6 @@ import gradio as gr
 
 from tokenizer_hf.errors import ServingError, UnimodalError
 from unimodal.serving.chat_client import (
-    GUIDANCE,
     Chat,
     Connection,
     ModelCard,
@@ -32,6 +31,8 @@ KEPT_SECONDS = 24 * 3600
 SMALL_PIXELS = 256
 """A model's pictures of fewer pixels are shown enlarged with sharp edges."""
 MOST_SEED = 2**31 - 1
+GUIDANCE, MOST_CODES = 3.0, 1000
+"""Where the server does not tell its default, and its codebook."""
 
 CSS = """
 .gradio-container { width: 100% !important; max-width: 1200px !important; }
@@ -239,8 +240,8 @@ class SettingsPanel:
         )
         with gr.Accordion("Pictures", open=True):
             self.guidance = gr.Slider(0, 10, GUIDANCE, step=0.1, label="Guidance", info="1: off")
-            image_temperature = gr.Slider(0, 2, 1, step=0.05, label="Picture temperature")
-            self.top_k = gr.Slider(0, 1000, 0, step=1, label="Top-k", info="0: all codes")
+            self.temperature = gr.Slider(0, 2, 1, step=0.05, label="Picture temperature")
+            self.top_k = gr.Slider(0, MOST_CODES, 0, step=1, label="Top-k", info="0: all codes")
             self.budget = gr.Slider(
                 1, 2, 2, step=1, label="Budget", info="most codes of a picture", visible=False
             )
@@ -257,7 +258,7 @@ class SettingsPanel:
         self._fields = {
             "mode": mode,
             "guidance": self.guidance,
-            "image_temperature": image_temperature,
+            "image_temperature": self.temperature,
             "top_k": self.top_k,
             "budget": self.budget,
             "previews": previews,
@@ -269,7 +270,7 @@ class SettingsPanel:
     @property
     def of_the_server(self) -> list[Any]:
         """The components that :meth:`follow` changes."""
-        return [self.model, self.guidance, self.top_k, self.budget]
+        return [self.model, self.guidance, self.temperature, self.top_k, self.budget]
 
     def follow(self, cards: Sequence[ModelCard]) -> dict[Any, Any]:
         """Offer what the served model can do."""
@@ -279,8 +280,11 @@ class SettingsPanel:
         guidance = {"info": f"Off: {problem}", "interactive": False} if problem else {}
         return {
             self.model: gr.Dropdown(choices=names, value=names[0], visible=len(names) > 1),
-            self.guidance: gr.Slider(value=card.guidance, **guidance),
-            self.top_k: gr.Slider(maximum=card.codebook_size or 1000),
+            self.guidance: gr.Slider(value=card.default("guidance_scale", GUIDANCE), **guidance),
+            self.temperature: gr.Slider(value=card.default("temperature", 1)),
+            self.top_k: gr.Slider(
+                value=card.default("top_k", 0), maximum=card.codebook_size or MOST_CODES
+            ),
             self.budget: gr.Slider(
                 minimum=least, maximum=most, value=most, visible=card.budget is not None
             ),

@@ -19,6 +19,8 @@ from PIL import Image
 from unimodal.messages import Message, with_codes
 from unimodal.processing_unimodal import IMAGES_PER_BATCH, UnimodalProcessor
 
+Took = Callable[[float], None]
+
 
 def default_threads() -> int:
     """Compute threads of the image tokenizer: a quarter of the cores, for the engine needs them."""
@@ -32,9 +34,19 @@ class ImageCodec:
         processor: of the served model, with its image tokenizer.
         num_threads: compute threads; None for :func:`default_threads`. It is torch's setting for
             the whole process, where nothing else of a server computes with torch.
+        encode_took: called with the seconds of each batch that was encoded; opening and resizing
+            the pictures are not among them.
+        decode_took: the same for decoding, previews included.
     """
 
-    def __init__(self, processor: UnimodalProcessor, num_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        processor: UnimodalProcessor,
+        num_threads: int | None = None,
+        *,
+        encode_took: Took | None = None,
+        decode_took: Took | None = None,
+    ) -> None:
         self.processor = processor
         self._worker = ThreadPoolExecutor(
             1,
@@ -42,21 +54,15 @@ class ImageCodec:
             initializer=torch.set_num_threads,
             initargs=(num_threads or default_threads(),),
         )
-        self._encode = _Batches(self._worker, lambda all: processor.encode_images(all).tolist())
-        self._decode = _Batches(self._worker, processor.decode_codes)
-        self._preview = _Batches(
-            self._worker, lambda all: [processor.decode_beginning(codes) for codes in all]
+        self._encode = _Batches(
+            self._worker, lambda all: processor.encode_images(all).tolist(), encode_took
         )
-
-    @property
-    def encode_seconds(self) -> float:
-        """Seconds that the thread has spent encoding. Opening and resizing are not among them."""
-        return self._encode.seconds
-
-    @property
-    def decode_seconds(self) -> float:
-        """Seconds that the thread has spent decoding, previews included."""
-        return self._decode.seconds + self._preview.seconds
+        self._decode = _Batches(self._worker, processor.decode_codes, decode_took)
+        self._preview = _Batches(
+            self._worker,
+            lambda all: [processor.decode_beginning(codes) for codes in all],
+            decode_took,
+        )
 
     async def encode(self, sources: Sequence[Any]) -> list[Any]:
         """Encode pictures.
@@ -139,12 +145,18 @@ class _Batches:
     Args:
         worker: a pool of one thread.
         function: maps a list of items to a list of results, one for each.
+        took: called with the seconds of each batch.
     """
 
-    def __init__(self, worker: ThreadPoolExecutor, function: Callable[[list[Any]], list[Any]]):
+    def __init__(
+        self,
+        worker: ThreadPoolExecutor,
+        function: Callable[[list[Any]], list[Any]],
+        took: Took | None,
+    ) -> None:
         self.worker = worker
         self.function = function
-        self.seconds = 0.0
+        self.took = took
         self._waiting: list[tuple[list[Any], asyncio.Future[list[Any]]]] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -209,4 +221,5 @@ class _Batches:
         try:
             return self.function(items)
         finally:
-            self.seconds += time.perf_counter() - began
+            if self.took is not None:
+                self.took(time.perf_counter() - began)

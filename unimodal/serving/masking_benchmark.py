@@ -50,8 +50,9 @@ def measure_masking(
 
     Returns:
         Plain JSON: the settings, the machine, and ``batches``: by batch size the median
-        milliseconds of a ``step``, and for each kind those of ``apply`` and the median of the
-        rounds' ratios. A kind that does not fit into the batch is left out.
+        milliseconds of a ``step``, and for each kind those of ``apply``, the median of the rounds'
+        ratios, and ``cpu_ratio``, the same of processor time, which other programs on the machine
+        disturb less. A kind that does not fit into the batch is left out.
 
     Raises:
         ConfigurationError: fewer than one round.
@@ -65,19 +66,23 @@ def measure_masking(
             name: _processor(folder, vocabulary, model.device, kind, size, temperature)
             for name, kind in kinds.items()
         }
-        step = _Steps(model, size, prompt_ids, rounds + 5)
-        times: dict[str, list[float]] = {name: [] for name in ("step", *kinds)}
+        decode = _Steps(model, size, prompt_ids, rounds + 5)
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in ("step", *kinds)}
         for _ in range(rounds + 5):
-            logits = _timed(times["step"], model.device, step.take)
+            logits = _timed(times["step"], model.device, decode.take)
             for name, processor in processors.items():
                 _timed(times[name], model.device, processor.apply, logits.float().clone())
         steps = times["step"][5:]
-        entry: dict[str, Any] = {"batch": size, "step_ms": 1000 * statistics.median(steps)}
+        entry: dict[str, Any] = {
+            "batch": size,
+            "step_ms": 1000 * statistics.median(wall for wall, _ in steps),
+        }
         for name in kinds:
-            ratios = [one / other for one, other in zip(times[name][5:], steps, strict=True)]
+            pairs = list(zip(times[name][5:], steps, strict=True))
             entry[name] = {
-                "apply_ms": 1000 * statistics.median(times[name][5:]),
-                "ratio": statistics.median(ratios),
+                "apply_ms": 1000 * statistics.median(wall for (wall, _), _ in pairs),
+                "ratio": statistics.median(one[0] / step[0] for one, step in pairs),
+                "cpu_ratio": statistics.median(one[1] / step[1] for one, step in pairs),
             }
         batches.append(entry)
     return {
@@ -99,15 +104,17 @@ def measure_masking(
     }
 
 
-def _timed(times: list[float], device: torch.device, call: Any, *arguments: Any) -> Any:
-    """Call, wait for the device, and add the seconds that it took."""
+def _timed(
+    times: list[tuple[float, float]], device: torch.device, call: Any, *arguments: Any
+) -> Any:
+    """Call, wait for the device, and add the seconds that it took, of the clock and of the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    began = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     result = call(*arguments)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    times.append(time.perf_counter() - began)
+    times.append((time.perf_counter() - wall, time.process_time() - cpu))
     return result
 
 
