@@ -27,8 +27,8 @@ from tokenizer_hf.files import atomic_write
 from tokenizer_hf.vocabulary import ImageVocabulary
 from unimodal.generation.grammar import ImageSpanGrammar
 from unimodal.generation.sampling import SamplingSettings, generate
-from unimodal.pipeline import GUIDANCE, ROWS_PER_BATCH, Unimodal
-from unimodal.processing_unimodal import UnimodalProcessor
+from unimodal.pipeline import ROWS_PER_BATCH, Unimodal
+from unimodal.processing_unimodal import DRAW_DEFAULTS, UnimodalProcessor
 from unimodal.terminal import save_png
 
 MANIFEST = "manifest.jsonl"
@@ -43,7 +43,7 @@ class Defaults:
     n: int = 1
     seed: int = 0
     """A line without a seed gets this plus the number of pictures before it."""
-    guidance: float = GUIDANCE
+    guidance: float = DRAW_DEFAULTS["guidance"]
     temperature: float = 1.0
     top_k: int | None = None
     budget: int | None = None
