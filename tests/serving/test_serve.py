@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from unimodal.serving.serve import (
     LOGITS_PROCESSOR,
     MIDDLEWARE,
     check_head_size,
+    http_flags,
     prepare,
     read_config,
 )
@@ -52,8 +54,6 @@ def test_defaults_on_a_cpu() -> None:
     assert values_of(arguments, "--max-model-len") == ["auto"]
     assert "--enforce-eager" in arguments
     assert values_of(arguments, "--logits-processors") == [LOGITS_PROCESSOR]
-    assert values_of(arguments, "--middleware") == [MIDDLEWARE]
-    assert values_of(arguments, "--shutdown-timeout") == ["30"]
     assert environment == {"VLLM_PLUGINS": "unimodal", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
@@ -65,13 +65,10 @@ def test_flags_and_variables_of_the_user_win() -> None:
         "--no-enforce-eager",
         "--served-model-name",
         "mine",
-        "--middleware=own.Middleware",
-        "--shutdown-timeout=5",
         environ={"VLLM_PLUGINS": "other", "VLLM_CPU_KVCACHE_SPACE": "9"},
     )
     assert values_of(arguments, "--served-model-name") == ["mine"]
-    assert arguments.index("--middleware=own.Middleware") < arguments.index("--middleware")
-    for flag in ("--dtype", "--max-model-len", "--enforce-eager", "--shutdown-timeout"):
+    for flag in ("--dtype", "--max-model-len", "--enforce-eager"):
         assert flag not in arguments
     assert environment == {"VLLM_PLUGINS": "other,unimodal"}
 
@@ -101,6 +98,14 @@ def test_the_same_server_without_what_is_ours() -> None:
     assert environment.items() < our_environment.items()
     own = ["--logits-processors", "a:B"]
     assert prepare("owner/name", own, **settings, plugin=False)[0][-2:] == own
+
+
+def test_the_http_server_gets_the_gate_and_time_to_drain() -> None:
+    assert http_flags(["--port", "1"]) == ["--middleware", MIDDLEWARE, "--shutdown-timeout", "30"]
+    for given in (["--shutdown-timeout=5"], ["--shutdown_timeout", "5"]):
+        assert http_flags(given) == ["--middleware", MIDDLEWARE]
+    module, _, name = MIDDLEWARE.rpartition(".")
+    assert isinstance(getattr(import_module(module), name), type)
 
 
 def test_a_folder_is_served_under_its_name_and_its_path(tmp_path: Path) -> None:

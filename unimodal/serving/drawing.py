@@ -45,6 +45,7 @@ class Drawing:
     def __init__(self, segments: ImageSegments, prompts: Prompts) -> None:
         self.segments = segments
         self.prompts = prompts
+        self.processor = prompts.processor
         self.codec = prompts.codec
         self.processor = prompts.processor
         self.vocabulary = segments.vocabulary

@@ -42,12 +42,24 @@ def serve(
     Raises:
         ServingError, CheckpointError: as :func:`command_line`.
     """
-    arguments, environment = command_line(folder, vllm_args, plugin=plugin)
+    flags = [*vllm_args, *(http_flags(vllm_args) if plugin else ())]
+    arguments, environment = command_line(folder, flags, plugin=plugin)
     from unimodal.serving.vllm_private import run_command_line
 
     os.environ.update(environment)
     os.environ.update((limits or Limits.from_environ()).to_environ())
     run_command_line(arguments)
+
+
+def http_flags(vllm_args: Sequence[str]) -> list[str]:
+    """Return what the HTTP server of vLLM is given beside the user's flags; the engine knows none.
+
+    The middleware that is given last is the outermost.
+    """
+    flags = ["--middleware", MIDDLEWARE]
+    if not _has_flag(vllm_args, "--shutdown-timeout"):
+        flags += ["--shutdown-timeout", str(SHUTDOWN_SECONDS)]
+    return flags
 
 
 def command_line(
@@ -190,9 +202,6 @@ def prepare(
     elif "VLLM_USE_V2_MODEL_RUNNER" not in environ:
         # Our logits processor has both interfaces, but the newer one has not run on a GPU yet.
         environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    default("--shutdown-timeout", str(SHUTDOWN_SECONDS))
-    if plugin:
-        arguments.extend(["--middleware", MIDDLEWARE])  # the last one given is the outermost
     processors += [LOGITS_PROCESSOR] if plugin else []
     if processors:
         arguments.extend(["--logits-processors", *processors])
