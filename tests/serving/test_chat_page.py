@@ -253,10 +253,13 @@ def test_an_error_of_the_server_is_shown_and_a_phone_has_no_sideways_scrolling(p
 
 
 @browsing
-def test_a_server_that_is_away_is_told(tmp_path: Path) -> None:
+def test_a_server_that_is_away_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     with (
         running_ui("http://127.0.0.1:9/v1", tmp_path / "ui.log") as address,
         browser_page(address) as page,
     ):
+        assert list(tmp_path.glob("unimodal-ui-*"))
         assert "Not connected" in page.locator("#status").inner_text()
         assert "unimodal serve" in Walk(page).ask("hello")
+    assert not list(tmp_path.glob("unimodal-ui-*"))  # pictures do not stay behind
