@@ -24,19 +24,23 @@ MOST_TOKENS = 60
 """Of a reply: room for an image of 48 codes and a few words. A random model never stops itself."""
 
 needs_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed")
-in_a_browser = [
-    needs_gradio,
-    pytest.mark.vllm,
-    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed"),
-    pytest.mark.skipif(find_spec("playwright") is None, reason="playwright is not installed"),
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium; apt-get install chromium"),
-]
 
 
 def browsing(test: Any) -> Any:
-    for mark in in_a_browser:
-        test = mark(test)
+    """Mark a test that needs a browser."""
+    for missing, reason in (
+        (find_spec("gradio") is None, "gradio is not installed"),
+        (find_spec("playwright") is None, "playwright is not installed"),
+        (CHROMIUM is None, "there is no chromium; apt-get install chromium"),
+    ):
+        test = pytest.mark.skipif(missing, reason=reason)(test)
     return test
+
+
+def served(test: Any) -> Any:
+    """Mark a test that needs a browser and a real server."""
+    no_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+    return browsing(no_vllm(pytest.mark.vllm(test)))
 
 
 # --- without a browser ----------------------------------------------------------------------------
@@ -133,7 +137,7 @@ def picture(tmp_path: Path) -> Path:
     return path
 
 
-@browsing
+@served
 def test_upload_caption_ask_draw_preview_image_follow_up(
     page: Any, address: str, picture: Path
 ) -> None:
@@ -157,7 +161,7 @@ def test_upload_caption_ask_draw_preview_image_follow_up(
     assert API_KEY not in page.content()
 
 
-@browsing
+@served
 def test_regenerate_draws_anew_and_clear_forgets(page: Any) -> None:
     steps = Walk(page)
     steps.limit(MOST_TOKENS)
@@ -212,7 +216,7 @@ def begin_a_long_reply(page: Any, server: Server) -> None:
     assert eventually(lambda: running_requests(server) > 0, 20)
 
 
-@browsing
+@served
 def test_stop_takes_the_request_from_the_server(page: Any, server: Server) -> None:
     begin_a_long_reply(page, server)
     page.get_by_role("button", name="Stop").click()
@@ -221,14 +225,14 @@ def test_stop_takes_the_request_from_the_server(page: Any, server: Server) -> No
     Walk(page).rest()
 
 
-@browsing
+@served
 def test_a_closed_tab_takes_its_request_along(page: Any, server: Server) -> None:
     begin_a_long_reply(page, server)
     page.close()
     assert eventually(lambda: running_requests(server) == 0, 10)
 
 
-@browsing
+@served
 def test_an_error_of_the_server_is_shown_and_a_phone_has_no_sideways_scrolling(page: Any) -> None:
     steps = Walk(page)
     page.set_viewport_size(PHONE)
@@ -253,10 +257,13 @@ def test_an_error_of_the_server_is_shown_and_a_phone_has_no_sideways_scrolling(p
 
 
 @browsing
-def test_a_server_that_is_away_is_told(tmp_path: Path) -> None:
+def test_a_server_that_is_away_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     with (
         running_ui("http://127.0.0.1:9/v1", tmp_path / "ui.log") as address,
         browser_page(address) as page,
     ):
+        assert list(tmp_path.glob("unimodal-ui-*"))
         assert "Not connected" in page.locator("#status").inner_text()
         assert "unimodal serve" in Walk(page).ask("hello")
+    assert not list(tmp_path.glob("unimodal-ui-*"))  # pictures do not stay behind

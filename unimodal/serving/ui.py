@@ -6,6 +6,8 @@ anywhere but the page itself.
 """
 
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -45,6 +47,7 @@ def run_page(
     Raises:
         ServingError: gradio is not installed, ``url`` is no address, or the port is taken.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that the pictures are taken away
     with running_page(url, host=host, port=port, api_key=api_key) as page:
         print(f"chat page: http://{host}:{port}", flush=True)
         page.block_thread()
