@@ -290,6 +290,9 @@ def test_a_small_bench_of_a_real_server(tmp_path: Path) -> None:
         assert found["p95_seconds"] >= found["p50_seconds"] > 0
         assert (found["images_per_second"] > 0) == (found.get("kind") != "captions")
     assert all(found["memory_bytes"] > 50e6 for found in result["cells"])
+    assert all(0 < found["image_tokenizer_share"] < 1 for found in result["cells"])
+    shown = [found["first_preview_seconds"] for found in result["cells"]]
+    assert [preview is not None for preview in shown] == [False] * 8 + [True]
     assert json.loads((tmp_path / "out" / "serve.json").read_text()) == result
     for name in ("serve.md", "serve.png", "server.log"):
         assert (tmp_path / "out" / name).stat().st_size > 1000

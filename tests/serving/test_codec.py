@@ -120,8 +120,11 @@ def test_calls_that_come_while_it_is_busy_are_one_batch(
         recorder.go_on.set()
         await asyncio.gather(first, *rest)
 
-    run(processor, use)
+    took: list[float] = []
+    run(processor, use, decode_took=took.append)
     assert recorder.sizes == [1, 64, 14]  # 39 calls of 2: at most 64 pictures go together
+    assert len(took) == 40
+    assert len(set(took)) == 3  # each its share of its batch
 
 
 def test_the_event_loop_goes_on_meanwhile(

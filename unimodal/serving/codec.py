@@ -34,8 +34,8 @@ class ImageCodec:
         processor: of the served model, with its image tokenizer.
         num_threads: compute threads; None for :func:`default_threads`. It is torch's setting for
             the whole process, where nothing else of a server computes with torch.
-        encode_took: called with the seconds of each batch that was encoded; opening and resizing
-            the pictures are not among them.
+        encode_took: called with the seconds that a call took: its share of those of its batch.
+            Waiting, opening and resizing are not among them.
         decode_took: the same for decoding, previews included.
     """
 
@@ -145,7 +145,7 @@ class _Batches:
     Args:
         worker: a pool of one thread.
         function: maps a list of items to a list of results, one for each.
-        took: called with the seconds of each batch.
+        took: called with each call's share of the seconds of its batch.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class _Batches:
         """Answer calls together; if that fails, one by one, so that each hears of its own fault."""
         flat = [item for items, _ in calls for item in items]
         try:
-            results = await asyncio.get_running_loop().run_in_executor(
+            results, seconds = await asyncio.get_running_loop().run_in_executor(
                 self.worker, self._timed, flat
             )
         except Exception as error:
@@ -215,11 +215,9 @@ class _Batches:
             if not future.done():
                 future.set_result(results[first : first + len(items)])
             first += len(items)
-
-    def _timed(self, items: list[Any]) -> list[Any]:
-        began = time.perf_counter()
-        try:
-            return self.function(items)
-        finally:
             if self.took is not None:
-                self.took(time.perf_counter() - began)
+                self.took(seconds * len(items) / len(flat))
+
+    def _timed(self, items: list[Any]) -> tuple[list[Any], float]:
+        began = time.perf_counter()
+        return self.function(items), time.perf_counter() - began

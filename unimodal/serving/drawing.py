@@ -128,7 +128,7 @@ class Drawing:
         try:
             while (ids := await previews.next()) is not None:
                 codes = self.vocabulary.to_codes(ids)
-                with metrics.timed("decode", metrics.DECODE_SECONDS):
+                with metrics.timed("decode"):
                     image = await self.codec.decode_beginning(codes)
                 if image is not None and not drawing.done():
                     yield Preview(image)
@@ -138,7 +138,7 @@ class Drawing:
             with suppress(asyncio.CancelledError, Exception):
                 await drawing
         codes = self.vocabulary.to_codes(span[1:-1])
-        with metrics.timed("decode", metrics.DECODE_SECONDS):
+        with metrics.timed("decode"):
             [image] = await self.codec.decode([codes])
         metrics.went_out(1, len(span))
         yield Drawn(image, codes, span)

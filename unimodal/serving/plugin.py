@@ -138,7 +138,12 @@ class UnimodalEndpoints:
         self._drain = asyncio.create_task(
             drain_on_sigterm(state, self.admission, vllm.shutdown_timeout)
         )
-        self.prompts = Prompts(self.processor, ImageCodec(self.processor), self.limits)
+        codec = ImageCodec(
+            self.processor,
+            encode_took=metrics.ENCODE_SECONDS.observe,
+            decode_took=metrics.DECODE_SECONDS.observe,
+        )
+        self.prompts = Prompts(self.processor, codec, self.limits)
         self.drawing = Drawing(ImageSegments(engine_client, vocabulary), self.prompts)
         self.image_size = int(self.processor.vq_model.config.image_size)  # type: ignore[union-attr]
         problem = self.drawing.segments.guidance_problem

@@ -40,7 +40,7 @@ class Prompts:
         metrics.came_in(pictures, with_codes)
         with metrics.timed("fetch"):
             messages = await self.fetcher.messages(messages)
-        with metrics.timed("encode", metrics.ENCODE_SECONDS if pictures else None):
+        with metrics.timed("encode"):
             coded = await self.codec.encode_messages(messages)
 
         def render() -> list[int]:
