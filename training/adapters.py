@@ -80,6 +80,7 @@ def fold_lora(model: PeftModel) -> int:
         base = module.get_base_layer()
         if type(base) is nn.Linear and base.weight.dtype == torch.float32:
             module.forward = partial(_folded_forward, module, module.forward)  # type: ignore[method-assign]
+            module.is_folded = True  # type: ignore[assignment]
             changed += 1
     return changed
 

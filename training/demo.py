@@ -79,12 +79,15 @@ def load_demo_recipe(path: str | Path) -> DemoRecipe:
     Raises:
         ConfigurationError: no such file, or fields that nobody knows.
     """
-    file = Path(path)
-    if not file.exists() and (RECIPES / f"{path}.yaml").exists():
-        file = RECIPES / f"{path}.yaml"
     from training.recipes import load_recipe
 
-    return load_recipe(DemoRecipe, file)
+    return load_recipe(DemoRecipe, demo_recipe_file(path))
+
+
+def demo_recipe_file(path: str | Path) -> Path:
+    """Return the file that is meant: a path, or the name of one that comes with the package."""
+    own = RECIPES / f"{path}.yaml"
+    return own if own.exists() and not Path(path).exists() else Path(path)
 
 
 def run_demo(
@@ -121,6 +124,91 @@ def run_demo(
             if stage.name == stop_after:
                 break
     return walk.out
+
+
+def dry_run(recipe: DemoRecipe, *, seed: int = 0, stop_after: str | None = None) -> list[Any]:
+    """Make a miniature of a walk in a temporary folder, and estimate the trainings of the whole.
+
+    Models and settings are the recipe's, so that every key is really used; there are few pictures,
+    two steps of a few examples, and no server. Where there is no GPU, bfloat16, ``compile`` and
+    4 bits are left out: a CPU takes minutes for them.
+
+    Args:
+        stop_after: name of the miniature's last stage; not before "merge".
+
+    Returns:
+        a `training.estimate.Estimate` for each training.
+
+    Raises:
+        UnimodalError, TypeError: what is wrong with the recipe.
+    """
+    import tempfile
+
+    from training.estimate import (
+        image_tokenizer_estimate,
+        language_model_estimate,
+        text_model_estimate,
+    )
+    from training.image_tokenizer import TokenizerRecipe
+    from training.recipes import LanguageModelRecipe, TextModelRecipe, build_recipe
+
+    with tempfile.TemporaryDirectory(prefix="unimodal-dry-run-") as folder:
+        out = Path(folder) / "walk"
+        run_demo(_miniature(recipe), out, seed=seed, stop_after=stop_after)
+        walk = _Walk(_miniature(recipe), out, seed)
+        walk.recipe = recipe
+        found: list[Any] = []
+        if recipe.tokenizer is None:
+            tokenizer = build_recipe(TokenizerRecipe, walk.image_tokenizer_recipe())
+            there = tokenizer.count_pictures() if recipe.shapes is None else recipe.shapes["n"]
+            there = min(there, tokenizer.num_pictures or there)
+            found.append(image_tokenizer_estimate(tokenizer, there))
+        if recipe.llm is None:
+            text = build_recipe(TextModelRecipe, walk.text_model_recipe())
+            found.append(text_model_estimate(text))
+        found.append(language_model_estimate(build_recipe(LanguageModelRecipe, walk.lora_recipe())))
+    if recipe.shapes is None:
+        return found
+    n, chats = recipe.shapes["n"], recipe.shapes.get("chats") or recipe.shapes["n"]
+    data = {"text_model": f"{chats:,} chats", "lora": f"{n:,} pictures, {chats:,} chats"}
+    return [dataclasses.replace(one, data=data.get(one.stage, one.data)) for one in found]
+
+
+def _miniature(recipe: DemoRecipe) -> DemoRecipe:
+    import torch
+
+    steps = {"max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    on_cpu: dict[str, Any] = {}
+    if not torch.cuda.is_available():
+        on_cpu = {"bf16": False, "compile": False}
+
+    def trained(block: dict[str, Any], **changes: Any) -> dict[str, Any]:
+        return {**block, **changes, "training": {**block.get("training", {}), **steps}}
+
+    lora = dict(on_cpu)
+    if on_cpu and recipe.lora.get("mode") == "qlora":
+        lora["mode"] = "lora"
+    if on_cpu and "dtype" in recipe.lora:
+        lora["dtype"] = "float32"
+    tokenizer = {**recipe.image_tokenizer, "max_steps": 2, "batch_size": 4, "held_out": 8}
+    if on_cpu and "precision" in tokenizer:
+        tokenizer["precision"] = "float32"
+    small: dict[str, Any] = {"draw": recipe.draw[:1], "serve_check": None}
+    if recipe.shapes is not None:
+        fewer = {"n": 256, "validation": 16, "chats": 512}
+        small["shapes"] = {**recipe.shapes, **fewer}
+    if recipe.tokenizer is None:
+        small["image_tokenizer"] = tokenizer
+    if recipe.llm is None:
+        small["text_model"] = trained(recipe.text_model, **on_cpu)
+    if recipe.choose_sampling is not None:
+        grid = recipe.choose_sampling.get("grid", {})
+        first = {name: values[:1] for name, values in grid.items()}
+        small["choose_sampling"] = {**recipe.choose_sampling, "n": 1, "grid": first}
+    small["lora"] = trained(recipe.lora, **lora)
+    counts = {"n": 1, "pictures": 2, "texts": 2, "dialogues": 1}
+    small["evaluate"] = {**recipe.evaluate, **counts}
+    return dataclasses.replace(recipe, **small)
 
 
 class _Walk:
@@ -195,8 +283,9 @@ class _Walk:
         r, p = self.recipe, self.path
         stages = []
         if r.shapes is not None:
-            n, level = r.shapes["n"], r.shapes.get("level", "board")
-            command = f"unimodal shapes {p('world')} --n {n} --level {level} --seed {self.seed}"
+            names = {"captions_per_picture": "captions"}
+            flags = {names.get(name, name): value for name, value in r.shapes.items()}
+            command = f"unimodal shapes {p('world')} {_flags({**flags, 'seed': self.seed})}"
             stages.append(Stage("shapes", command, self.shapes))
         if r.tokenizer is None:
             stages.append(
@@ -268,18 +357,20 @@ class _Walk:
 
         write_world(self.path("world"), seed=self.seed, **(self.recipe.shapes or {}))
 
-    def image_tokenizer(self) -> None:
-        from training.image_tokenizer import TokenizerRecipe, train_image_tokenizer
-        from training.recipes import load_recipe
-
-        content = {
+    def image_tokenizer_recipe(self) -> dict[str, Any]:
+        return {
             "data": [self.pictures["train"]],
             "held_out_data": [self.pictures["validation"]],
             "output_dir": self.path("image_tokenizer"),
             "seed": self.seed,
             **self.recipe.image_tokenizer,
         }
-        file = self.recipe_file("image_tokenizer", content)
+
+    def image_tokenizer(self) -> None:
+        from training.image_tokenizer import TokenizerRecipe, train_image_tokenizer
+        from training.recipes import load_recipe
+
+        file = self.recipe_file("image_tokenizer", self.image_tokenizer_recipe())
         train_image_tokenizer(load_recipe(TokenizerRecipe, file))
 
     def export_vocabulary(self) -> None:
@@ -294,10 +385,7 @@ class _Walk:
         texts = read_texts([Path(file) for file in self.text("train")])
         train_sentencepiece(texts, self.path("text_tokenizer"), **self.recipe.text_tokenizer)
 
-    def text_model(self) -> None:
-        from training.recipes import TextModelRecipe, load_recipe
-        from training.text_model import train_text_model
-
+    def text_model_recipe(self) -> dict[str, Any]:
         content = {
             "tokenizer": self.path("text_tokenizer"),
             "output_dir": self.path("text_model"),
@@ -305,13 +393,22 @@ class _Walk:
             **self.recipe.text_model,
         }
         content["training"] = {"seed": self.seed, **content.get("training", {})}
-        file = self.recipe_file("text_model", content)
+        return content
+
+    def text_model(self) -> None:
+        from training.recipes import TextModelRecipe, load_recipe
+        from training.text_model import train_text_model
+
+        file = self.recipe_file("text_model", self.text_model_recipe())
         train_text_model(load_recipe(TextModelRecipe, file))
 
     def encode(self) -> None:
+        import torch
+
         from training.data.code_cache import build_cache
 
-        build_cache(self.pictures["train"], self.tokenizer, self.path("codes"))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        build_cache(self.pictures["train"], self.tokenizer, self.path("codes"), device=device)
 
     def merge_options(self) -> dict[str, Any]:
         options = {"seed": self.seed, **self.recipe.merge}
@@ -324,10 +421,7 @@ class _Walk:
 
         merge(self.llm, self.tokenizer, self.path("merged"), **self.merge_options())
 
-    def lora(self) -> None:
-        from training.language_model import train
-        from training.recipes import LanguageModelRecipe, load_recipe
-
+    def lora_recipe(self) -> dict[str, Any]:
         content = {
             "model": self.path("merged"),
             "output_dir": self.path("lora"),
@@ -339,7 +433,13 @@ class _Walk:
             **content.get("data", {}),
         }
         content["training"] = {"seed": self.seed, **content.get("training", {})}
-        file = self.recipe_file("lora", content)
+        return content
+
+    def lora(self) -> None:
+        from training.language_model import train
+        from training.recipes import LanguageModelRecipe, load_recipe
+
+        file = self.recipe_file("lora", self.lora_recipe())
         train(load_recipe(LanguageModelRecipe, file))
 
     def merge_adapter(self) -> None:

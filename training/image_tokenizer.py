@@ -44,6 +44,7 @@ from tokenizer_hf.image_processing_image_tokenizer import (
 )
 from tokenizer_hf.modeling_image_tokenizer import ImageTokenizer
 from training.data.sources import open_source
+from training.estimate import device_peak, image_tokenizer_estimate, reached
 from training.precision import bf16_is_faster
 from training.recipes import differences, recipe_to_dict, save_recipe
 
@@ -70,6 +71,9 @@ class TokenizerRecipe:
     data: list[str]
     """Pictures: imagefolders, plain folders, Parquet files or folders of them, hub ids."""
     output_dir: str
+    num_pictures: int | None = None
+    """Learn from the first so many pictures of ``data`` only. They are all read beforehand (48 KiB
+    each at 128 pixels; beyond 1 GiB into a temporary file)."""
     held_out_data: list[str] = field(default_factory=list)
     """Pictures to measure on. Empty: ``held_out`` pictures are taken out of ``data``."""
     held_out: int = 256
@@ -108,6 +112,8 @@ class TokenizerRecipe:
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
+        if self.num_pictures is not None and self.num_pictures < 1:
+            raise ConfigurationError(f"num_pictures is {self.num_pictures}; expected at least 1")
         for name in ("max_steps", "batch_size", "held_out", "log_every", "pictures_every",
                      "checkpoint_every"):  # fmt: skip
             if getattr(self, name) < 1:
@@ -122,6 +128,13 @@ class TokenizerRecipe:
                 raise ConfigurationError(
                     f"loss_weights has {name!r}; expected some of {', '.join(known)}"
                 )
+
+    def count_pictures(self) -> int:
+        """Return how many pictures it learns from."""
+        there = sum(len(open_source(name, need_text=False)) for name in self.data)
+        if not self.held_out_data:
+            there -= self.held_out
+        return there if self.num_pictures is None else min(there, self.num_pictures)
 
 
 def train_image_tokenizer(recipe: TokenizerRecipe) -> Path:
@@ -156,13 +169,14 @@ def train_image_tokenizer(recipe: TokenizerRecipe) -> Path:
     run.resume()
     save_recipe(recipe, folder / "recipe.yaml")
     started = time.monotonic()
-    run.train()
+    speed = run.train()
     metrics = {
         **run.measure(),
         "steps": recipe.max_steps,
         "pictures": len(rows),
         "seconds": round(time.monotonic() - started, 1),
         "fingerprint": run.averaged.fingerprint(),
+        **speed,
     }
     run.averaged.save_pretrained(folder)
     with atomic_write(folder / "metrics.json") as temporary:
@@ -207,13 +221,17 @@ class _Run:
         )
         self.step = 0
 
-    def train(self) -> None:
-        """Take the steps that are left."""
+    def train(self) -> dict[str, Any]:
+        """Take the steps that are left; return how fast they were (`training.estimate.reached`).
+
+        Logging, sheets and checkpoints are not counted, nor is the first step of the process.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
         recipe = self.recipe
         if self.step >= recipe.max_steps:
-            return
+            return {}
+        first, seconds, since = self.step + 1, 0.0, 0.0
         counts = torch.zeros(self.model.config.codebook_size, device=self.device)
         with (
             SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step) as board,
@@ -224,6 +242,8 @@ class _Run:
             while self.step < recipe.max_steps:
                 losses, codes = self._train_step()
                 self.step += 1
+                if self.step > first:
+                    seconds += time.perf_counter() - since
                 bar.update()
                 counts += torch.bincount(codes.flatten(), minlength=len(counts))
                 last = self.step == recipe.max_steps
@@ -236,6 +256,13 @@ class _Run:
                     self._save_pictures()
                 if self.step % recipe.checkpoint_every == 0 or last:
                     self.save()
+                since = time.perf_counter()
+        if self.step == first:
+            return {}
+        bf16 = self.precision == "bfloat16"
+        cost = image_tokenizer_estimate(recipe, len(self.rows)).flops_per_step
+        peak = device_peak(self.device.type, bf16)
+        return reached(cost * (self.step - first), seconds, peak)
 
     def measure(self) -> dict[str, float | int]:
         """Measure the averaged model on the held-out pictures.
@@ -434,7 +461,7 @@ def _read_data(
     recipe: TokenizerRecipe, processor: ImageTokenizerImageProcessor
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pictures, the rows of them to train on, and the pictures to measure on."""
-    pictures = read_pictures(recipe.data, processor)
+    pictures = read_pictures(recipe.data, processor, recipe.num_pictures)
     if recipe.held_out_data:
         held_out = read_pictures(recipe.held_out_data, processor, recipe.held_out)
         return pictures, np.arange(len(pictures)), held_out

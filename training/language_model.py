@@ -97,7 +97,8 @@ def train(recipe: LanguageModelRecipe, *, resume: bool = True) -> Path:
         trainer.save_model(str(temporary))
         if recipe.mode == "full":
             copy_companions(folder, temporary)
-    close_run(output_dir, image_vocabulary=processor.vocabulary.to_dict())
+    facts = trainer.speedometer.facts()
+    close_run(output_dir, image_vocabulary=processor.vocabulary.to_dict(), **facts)
     return output_dir
 
 

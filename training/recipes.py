@@ -215,6 +215,11 @@ def load_recipe(kind: type[R], path: str | Path, overrides: Iterable[str] = ()) 
         ConfigurationError: no such file, not YAML, an unknown or missing field, a value of the
             wrong type or out of range; the message names the field and the nearest known one.
     """
+    return build_recipe(kind, load_content(path, overrides))
+
+
+def load_content(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Read a recipe's fields without checking them; raises ConfigurationError as `load_recipe`."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -227,7 +232,7 @@ def load_recipe(kind: type[R], path: str | Path, overrides: Iterable[str] = ()) 
         )
     for override in overrides:
         _apply(content, override)
-    return build_recipe(kind, content)
+    return content
 
 
 def build_recipe(kind: type[R], content: Mapping[str, Any]) -> R:

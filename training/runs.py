@@ -78,7 +78,7 @@ def open_run(recipe: R, identity: Mapping[str, str], resume: bool) -> tuple[bool
                 f"{folder} holds checkpoints of an unknown run (no {RUN_FILE}); give another "
                 "output_dir"
             )
-        recipe = _resolved(recipe)
+        recipe = resolved(recipe)
         _write_run(folder, {"recipe": recipe_to_dict(recipe), "identity": dict(identity)})
         save_recipe(recipe, folder / RECIPE_FILE)
         return False, recipe
@@ -170,7 +170,7 @@ def _remove_run(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _resolved(recipe: R) -> R:
+def resolved(recipe: R) -> R:
     """Replace every automatic field by what it means on this machine."""
     values: dict[str, Any] = {
         "attention": default_attention(recipe.attention),

@@ -69,7 +69,7 @@ def train_text_model(recipe: TextModelRecipe, *, resume: bool = True) -> Path:
     with publishing(output_dir) as temporary:
         trainer.save_model(str(temporary))
         tokenizer.save_pretrained(temporary)
-    close_run(output_dir)
+    close_run(output_dir, **trainer.speedometer.facts())
     return output_dir
 
 

@@ -28,6 +28,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from tokenizer_hf.errors import ConfigurationError
 from tokenizer_hf.files import atomic_write
 from training.data.collate import Steps, collate
+from training.estimate import Speedometer
 from training.factored_rows import folded, load_parts, save_parts
 from training.optimizer import make_optimizer
 from training.precision import bf16_is_faster
@@ -160,6 +161,8 @@ class UnimodalTrainer(Trainer):
         self.interrupt = StopOnInterrupt()
         self.add_callback(self.interrupt)
         self.add_callback(LogBeforeSave())
+        self.speedometer = Speedometer(model, args.device.type, args.bf16)
+        self.add_callback(Pace(self.speedometer))
         if compiled:
             compile_body(model)
         if optimizer.rows_first_steps:
@@ -204,6 +207,7 @@ class UnimodalTrainer(Trainer):
         logits = outputs.logits[0].float()
         losses = nn.functional.cross_entropy(logits, labels[learnt], reduction="none")
         directions = inputs["directions"][:, None].expand_as(labels)[learnt]
+        self.speedometer.add(inputs["lengths"], learnt.sum())
         self._count(0, directions, losses)
         if self._factors is not None:
             losses = losses * self._factors.to(losses.device)[directions]
@@ -228,6 +232,7 @@ class UnimodalTrainer(Trainer):
         learnt = inputs["labels"][rows, 1:] != IGNORED
         with torch.no_grad(), plain.disable_adapter(), labelled_positions(plain, learnt):
             base = model(input_ids=inputs["input_ids"][rows], use_cache=False).logits[0].float()
+        self.speedometer.add(inputs["lengths"][rows], learnt.sum(), forward_only=True)
         tuned = logits[directions == text]
         if self.text_ids is not None:
             columns = self.text_ids.to(base.device)
@@ -264,6 +269,10 @@ class UnimodalTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint under a temporary name; it gets its own name once it is whole."""
+        with self.speedometer.paused():
+            self._save_whole_checkpoint(model, trial)
+
+    def _save_whole_checkpoint(self, model: nn.Module, trial: Any) -> None:
         final = Path(str(self.args.output_dir))
         name = f"checkpoint-{self.state.global_step}"
         if self.args.world_size > 1:  # every rank writes into the one folder: no renaming
@@ -370,6 +379,25 @@ class LogBeforeSave(TrainerCallback):
         """Ask for a log where a checkpoint is asked for."""
         if control.should_save:
             control.should_log = True
+
+
+class Pace(TrainerCallback):
+    """Tells a `Speedometer` what happens."""
+
+    def __init__(self, speedometer: Speedometer) -> None:
+        self.speedometer = speedometer
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count an optimizer step."""
+        self.speedometer.step()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop the clock."""
+        self.speedometer.stop()
 
 
 class RowsFirst(TrainerCallback):

@@ -835,6 +835,40 @@ def merge_adapter(
     )
 
 
+@app.command()
+def estimate(
+    config: Annotated[
+        str, typer.Option(metavar="RECIPE", help="A YAML file of any training, or a demo's name.")
+    ],
+    settings: Settings = None,
+    peak: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TFLOPS",
+            help="Of the device it is for: a number, or `H100`, `H200`, `A100`, `L4`, `RTX 4090` "
+            "(published, bfloat16). Default: this machine's.",
+        ),
+    ] = None,
+    share: Annotated[
+        float, typer.Option(min=0.001, max=1, help="Of the peak, that is likely to be reached.")
+    ] = 0.3,
+) -> None:
+    """Say what the trainings of a recipe will cost: parameters, FLOPs, time, memory.
+
+    Nothing is trained. The model and the data of `train` must be there, as for the training itself;
+    of a demo, a miniature is made in a temporary folder. It warns where the memory of this machine
+    is too small. docs/scale_up.md says what is counted.
+
+        unimodal estimate --config gpu --peak H100
+
+        unimodal estimate --config training/recipes/lora.yaml --set model=my-model
+    """
+    from training.estimate import estimate_recipe, wording
+
+    for line in wording(estimate_recipe(config, settings or ()), peak, share):
+        typer.echo(line)
+
+
 def _resumes(resume: str) -> bool:
     from tokenizer_hf.errors import ConfigurationError
 
@@ -858,6 +892,12 @@ def shapes(
         int | None, typer.Option(help="Number of validation pictures (default: n/20, 200 to 1000).")
     ] = None,
     captions: Annotated[int, typer.Option(min=2, help="Captions per picture.")] = 4,
+    chats: Annotated[
+        int | None, typer.Option(min=1, help="Number of training chats (default: n).")
+    ] = None,
+    picture_size: Annotated[
+        int, typer.Option(help="Pixels along a picture: 64, 128, 192, ...")
+    ] = 64,
 ) -> None:
     """Write the embedded world: captioned pictures of coloured shapes, questions, text.
 
@@ -872,7 +912,7 @@ def shapes(
     from eval.shapes.scene import Level
     from eval.shapes.world import write_world
 
-    write_world(folder, n, seed, cast(Level, level), captions, validation)
+    write_world(folder, n, seed, cast(Level, level), captions, validation, chats, picture_size)
     typer.echo(f"{n} training pictures of level {level} in {folder}")
 
 
@@ -1285,7 +1325,9 @@ def serve_check(
 def demo(
     config: Annotated[
         str,
-        typer.Option(metavar="FILE", help="The walk's recipe: a YAML file, or `demo` or `emoji`."),
+        typer.Option(
+            metavar="FILE", help="The walk's recipe: a YAML file, or `demo`, `emoji`, `gpu`."
+        ),
     ] = "demo",
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where to write. Default: `runs/<config>`.")
@@ -1296,6 +1338,13 @@ def demo(
     stop_after: Annotated[
         str | None, typer.Option(metavar="STAGE", help="Stop when this stage is done.")
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only a miniature of every stage in a temporary folder, then the estimates.",
+        ),
+    ] = False,
 ) -> None:
     """The whole job on this machine: pictures with captions in, a model that sees and draws out.
 
@@ -1309,9 +1358,20 @@ def demo(
     `unimodal demo`
 
     `unimodal demo --seed 1 --out runs/seed1`
+
+    `unimodal demo --config gpu --dry-run`
     """
     from training.demo import load_demo_recipe, run_demo
 
+    if dry_run:
+        from training.demo import dry_run as try_out
+        from training.estimate import wording
+
+        estimates = try_out(load_demo_recipe(config), seed=seed, stop_after=stop_after)
+        typer.echo("\nthe miniature went through; the whole walk:\n")
+        for line in wording(estimates):
+            typer.echo(line)
+        return
     folder = run_demo(
         load_demo_recipe(config),
         out or Path("runs") / Path(config).stem,

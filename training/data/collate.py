@@ -92,6 +92,7 @@ def collate(examples: Sequence[Example], pad_token_id: int = 0) -> dict[str, Any
         input_ids: int64 (B, T), padded on the right with ``pad_token_id``.
         labels: int64 (B, T), -100 where nothing is learnt; not shifted.
         directions: int64 (B,), positions in `recipes.DIRECTIONS`.
+        lengths: int64 (B,), tokens without padding.
     """
     longest = max(len(example.input_ids) for example in examples)
     input_ids = np.full((len(examples), longest), pad_token_id, dtype=np.int64)
@@ -105,4 +106,5 @@ def collate(examples: Sequence[Example], pad_token_id: int = 0) -> dict[str, Any
         "input_ids": torch.from_numpy(input_ids),
         "labels": torch.from_numpy(labels),
         "directions": torch.tensor(directions),
+        "lengths": torch.tensor([len(example.input_ids) for example in examples]),
     }
