@@ -318,7 +318,7 @@ def fake(model: nn.Module) -> FakeTensorMode:
         the mode in which it can be run.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    known: dict[int, Tensor] = {}
+    known: dict[int, Any] = {}
     with mode:
         for module in model.modules():
             for tensors in (module._parameters, module._buffers):
@@ -326,7 +326,7 @@ def fake(model: nn.Module) -> FakeTensorMode:
                     if tensor is None:
                         continue
                     if id(tensor) not in known:
-                        new: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                        new: Any = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
                         if isinstance(tensor, nn.Parameter):
                             new = nn.Parameter(new, requires_grad=tensor.requires_grad)
                         known[id(tensor)] = new
@@ -740,7 +740,7 @@ def language_model_estimate(recipe: Any) -> Estimate:
     with fake(model):
         if recipe.mode != "full" and recipe.lora.rows == "factored":
             config = ImageTokenizerConfig.from_pretrained(folder / "image_tokenizer")
-            share_rows(model, config.code_factors(), seen)
+            share_rows(model, config.code_factors(), seen, recipe.lora.row_dropout)
         if recipe.mode == "lora" and recipe.lora.fold:
             fold_lora(model)
         is_row = table_names(model) if recipe.mode == "full" else is_adapter_row

@@ -300,7 +300,7 @@ class UnimodalTrainer(Trainer):
         with folded(model):
             model.save_pretrained(folder, state_dict=state_dict, **extra)
         if self._saving_into is not None:
-            save_parts(model, folder)
+            save_parts(model, str(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

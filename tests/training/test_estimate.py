@@ -10,14 +10,13 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.toy import LLM_FAMILIES, tiny_llm, toy_merged_folder
+from tests.toy import LLM_FAMILIES, tiny_llm
 from tests.training.test_demo import TINY
 from tests.training.test_language_model import recipe_of, settings_of
 from tokenizer_hf.configuration_image_tokenizer import ImageTokenizerConfig
 from tokenizer_hf.errors import ConfigurationError
 from tokenizer_hf.modeling_image_tokenizer import ImageTokenizer
 from training.adapters import add_adapter, fold_lora
-from training.demo import load_demo_recipe
 from training.estimate import (
     Estimate,
     Peak,
@@ -35,7 +34,7 @@ from training.estimate import (
 )
 from training.image_tokenizer import TokenizerRecipe
 from training.language_model import train
-from training.recipes import LanguageModelRecipe, LoraRecipe, load_recipe
+from training.recipes import LoraRecipe
 from unimodal.processing_unimodal import UnimodalProcessor
 
 B, T, LABELLED, VOCABULARY = 4, 48, 70, 512

@@ -396,8 +396,12 @@ class ChatPage:
             self.gallery,
             self.chosen,
         ]
-        long = {"concurrency_limit": None, "api_visibility": "private", "show_progress": "hidden"}
-        short = {**long, "queue": False}
+        long: dict[str, Any] = {
+            "concurrency_limit": None,
+            "api_visibility": "private",
+            "show_progress": "hidden",
+        }
+        short: dict[str, Any] = {**long, "queue": False}
         self.entry.submit(self.send, asked, shown, **long)
         self.again.click(self.send_again, asked, shown, **long)
         self.entry.stop(self.stop, None, None, **short)
@@ -444,7 +448,7 @@ class ChatPage:
             if not text and not pictures:
                 raise ServingError("write a message or add a picture first")
             question: list[Part] = [*pictures, *([text] if text else [])]
-            self.replies.require_idle(request.session_hash)
+            self.replies.require_idle(_session(request))
         async for update in self._reply(chat, chat.ask(question), values, request):
             yield update
 
@@ -452,7 +456,7 @@ class ChatPage:
         """Ask the last question once more, with the settings as they are now."""
         chat = values[self.chat]
         with _told_to_the_user():
-            self.replies.require_idle(request.session_hash)
+            self.replies.require_idle(_session(request))
             turn = chat.ask_again()
         async for update in self._reply(chat, turn, values, request, keep_entry=True):
             yield update
@@ -466,7 +470,7 @@ class ChatPage:
         keep_entry: bool = False,
     ) -> AsyncIterator[dict[Any, Any]]:
         settings = self.settings.read(values, self.nested)
-        emptied = {} if keep_entry else {"value": None}
+        emptied: dict[str, Any] = {} if keep_entry else {"value": None}
         yield {
             self.log: shown_messages(chat, self.files, self.sharp),
             self.entry: gr.MultimodalTextbox(submit_btn=False, stop_btn="Stop", **emptied),
@@ -474,7 +478,7 @@ class ChatPage:
             self.again: gr.Button(interactive=False),
         }
         model = values[self.settings.model]
-        replies = self.replies.receive(request.session_hash, chat, turn, model, settings)
+        replies = self.replies.receive(_session(request), chat, turn, model, settings)
         async with aclosing(replies):
             async for _ in replies:
                 yield {self.log: shown_messages(chat, self.files, self.sharp)}
@@ -489,7 +493,7 @@ class ChatPage:
         """The strip of drawn pictures, one of them chosen."""
         paths = self.files.drawn(chat)
         if not paths:
-            hidden = {"visible": False}
+            hidden: dict[str, Any] = {"visible": False}
             return {
                 self.gallery: gr.Gallery([], **hidden),
                 self.reuse: gr.Button(**hidden),
@@ -514,17 +518,22 @@ class ChatPage:
 
     def stop(self, request: gr.Request) -> None:
         """The stop button: close the stream of the reply."""
-        self.replies.stop(request.session_hash)
+        self.replies.stop(_session(request))
 
     def start_anew(self, chat: Chat, request: gr.Request) -> dict[Any, Any]:
         """Forget the conversation."""
-        self.replies.stop(request.session_hash)
+        self.replies.stop(_session(request))
         chat.turns.clear()
         return {self.log: [], **self._drawn(chat, 0)}
 
     def leave(self, request: gr.Request) -> None:
         """The tab was closed."""
-        self.replies.stop(request.session_hash)
+        self.replies.stop(_session(request))
+
+
+def _session(request: gr.Request) -> str:
+    """The browser tab that a request comes from."""
+    return request.session_hash or ""
 
 
 @contextmanager
