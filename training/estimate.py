@@ -740,7 +740,7 @@ def language_model_estimate(recipe: Any) -> Estimate:
     with fake(model):
         if recipe.mode != "full" and recipe.lora.rows == "factored":
             config = ImageTokenizerConfig.from_pretrained(folder / "image_tokenizer")
-            share_rows(model, config.code_factors(), seen, recipe.lora.row_dropout)
+            share_rows(model, config.code_factors(), seen)
         if recipe.mode == "lora" and recipe.lora.fold:
             fold_lora(model)
         is_row = table_names(model) if recipe.mode == "full" else is_adapter_row

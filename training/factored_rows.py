@@ -7,11 +7,8 @@ of its factors' rows; a code that the training data do not hold gets no deviatio
 whatever is learnt of "red" and of "star" holds for a red star too.
 
 Sums alone cannot say that either a red star or a blue ring may come and a blue star may not; the
-codes' own deviations can. So that the model does not come to rely on these, a share of the codes is
-left without theirs in every forward pass of the training (``dropout``), as combinations that it
-never saw are for good.
-
-What is saved is an ordinary PEFT adapter: everything is folded into the codes' rows.
+codes' own deviations can (docs/learning.md has both measured). What is saved is an ordinary PEFT
+adapter: everything is folded into the codes' rows.
 """
 
 from collections.abc import Iterator
@@ -32,14 +29,13 @@ STATE_FILE = "factored_rows.safetensors"
 """Beside a checkpoint's adapter: the parts that are folded there, apart."""
 
 
-def share_rows(model: nn.Module, factors: np.ndarray, seen: np.ndarray, dropout: float) -> None:
+def share_rows(model: nn.Module, factors: np.ndarray, seen: np.ndarray) -> None:
     """Let the rows of an adapter share their factors' rows, in place.
 
     Args:
         model: a PEFT model that trains the rows of start, end and all codes, in this order.
         factors: int64 (K, number of factors): which shared rows each code sums up.
         seen: bool (K,): the codes that training shows. The others' own rows stay as they are.
-        dropout: share of the codes that do without their own deviation in a forward pass.
     """
     columns = torch.from_numpy(factors)
     mask = torch.cat([torch.ones(2), torch.from_numpy(seen).float()]).unsqueeze(1)
@@ -50,7 +46,7 @@ def share_rows(model: nn.Module, factors: np.ndarray, seen: np.ndarray, dropout:
                 shared = own.new_zeros(int(factors.max()) + 1, own.shape[1])
                 layer.register_parameter(FACTOR_ROWS, nn.Parameter(shared))
                 own.register_hook(partial(_only_seen, mask.to(own.device)))
-        layer.get_merged_weights = partial(_merged_weights, layer, owner, columns, dropout)
+        layer.get_merged_weights = partial(_merged_weights, layer, owner, columns)
 
 
 @contextmanager
@@ -116,19 +112,11 @@ def _only_seen(mask: Tensor, gradient: Tensor) -> Tensor:
     return gradient * mask
 
 
-def _merged_weights(
-    layer: Any, owner: Any, columns: Tensor, dropout: float, active_adapters: Any
-) -> Tensor:
+def _merged_weights(layer: Any, owner: Any, columns: Tensor, active_adapters: Any) -> Tensor:
     """PEFT's ``TrainableTokensLayer.get_merged_weights``, with the factors' rows added."""
     weight = layer.base_layer.weight
     for name in active_adapters:
-        rows = layer.trainable_tokens_delta[name]
-        if dropout and owner.training:
-            start = layer.trainable_tokens_original[name].to(rows)
-            keep = torch.rand(len(rows), 1, device=rows.device) >= dropout
-            keep[:2] = True
-            rows = torch.where(keep, rows, start)
-        rows = rows + _sums(getattr(owner, FACTOR_ROWS), columns)
+        rows = layer.trainable_tokens_delta[name] + _sums(getattr(owner, FACTOR_ROWS), columns)
         index = torch.tensor(layer.token_indices[name], device=weight.device)
         weight = weight.index_copy(0, index, rows.to(weight))
     return weight

@@ -75,9 +75,6 @@ class LoraRecipe:
     row for it too, so that combinations compose; see `training.factored_rows`. "none": not at all,
     for one of several adapters on a model whose rows are trained already; vLLM then swaps them per
     request (it cannot swap rows)."""
-    row_dropout: float = 0.0
-    """With rows "factored": share of the codes that have only their factors' rows in a forward pass
-    of the training, so that combinations which never come in training are nothing new."""
     fold: bool | None = None
     """Compute W + B·A once a step instead of a second path through every layer: the same function
     and the same saved adapter, faster where a batch has many more tokens than the layers are wide,
@@ -86,12 +83,6 @@ class LoraRecipe:
     def __post_init__(self) -> None:
         _at_least("lora.rank", self.rank, 1)
         _in_range("lora.dropout", self.dropout, 0, 0.99)
-        _in_range("lora.row_dropout", self.row_dropout, 0, 1)
-        if self.row_dropout and self.rows != "factored":
-            raise ConfigurationError(
-                f'lora.row_dropout is {self.row_dropout} and lora.rows "{self.rows}"; it needs '
-                '"factored"'
-            )
 
 
 @dataclass(kw_only=True)

@@ -37,12 +37,12 @@ def recipe_of(parts: Path, **settings: Any) -> LanguageModelRecipe:
     return build_recipe(LanguageModelRecipe, {"dtype": "float32", "attention": "eager", **content})
 
 
-def adapted(parts: Path, seen: np.ndarray, dropout: float = 0.0) -> tuple[Any, Any]:
+def adapted(parts: Path, seen: np.ndarray) -> tuple[Any, Any]:
     torch.manual_seed(0)
     vocabulary = UnimodalProcessor.from_pretrained(parts / "merged").vocabulary
     model = load_model(parts / "merged", recipe_of(parts))
     model = add_adapter(model, vocabulary, LoraRecipe(rank=2))
-    share_rows(model, FACTORS, seen, dropout)
+    share_rows(model, FACTORS, seen)
     return model, vocabulary
 
 
@@ -88,20 +88,3 @@ def test_unseen_codes_learn_through_their_factors_only(parts: Path) -> None:
             assert parameter.grad[2 + 4].any() and parameter.grad[:2].any()
         elif name.endswith(FACTOR_ROWS):
             assert parameter.grad.any(1).all()
-
-
-def test_dropout_leaves_codes_with_their_factors_rows_in_training_only(parts: Path) -> None:
-    model, vocabulary = adapted(parts, np.ones(12, bool), dropout=0.5)
-    table = model.get_input_embeddings()
-    own = table.token_adapter.trainable_tokens_delta["default"]
-    before = own.detach().clone()
-    with torch.no_grad():
-        own += 1.0
-    codes = slice(vocabulary.offsets[0] - 2, vocabulary.offsets[0] + 12)
-    model.eval()
-    torch.testing.assert_close(table.weight[codes], before + 1.0)
-    model.train()
-    moved = torch.stack([(table.weight[codes] - before).mean(1) for _ in range(200)]).detach()
-    assert set(moved.round().unique().tolist()) == {0.0, 1.0}
-    assert (moved[:, :2].round() == 1).all()  # start and end always have theirs
-    assert 0.4 < moved[:, 2:].mean() < 0.6

@@ -217,7 +217,7 @@ MODES = {
     "lora": {"lora": {"rank": 4, "dropout": 0.1}},
     "folded": {"lora": {"rank": 4}, "loss": {"text_kl": 0.2}},
     "full": {"mode": "full", "optimizer": {"name": "muon", "rows_first_steps": 4}},
-    "factored": {"lora": {"rank": 4, "rows": "factored", "row_dropout": 0.5}},
+    "factored": {"lora": {"rank": 4, "rows": "factored"}},
     "qlora": {"mode": "qlora", "lora": {"rank": 4}},
 }
 
