@@ -154,19 +154,22 @@ def dry_run(recipe: DemoRecipe, *, seed: int = 0, stop_after: str | None = None)
 
     with tempfile.TemporaryDirectory(prefix="unimodal-dry-run-") as folder:
         out = Path(folder) / "walk"
-        run_demo(_miniature(recipe), out, seed=seed, stop_after=stop_after)
-        walk = _Walk(_miniature(recipe), out, seed)
-        walk.recipe = recipe
-        found: list[Any] = []
+        whole = _Walk(recipe, out, seed)
+        tokenizer = text = None
         if recipe.tokenizer is None:
-            tokenizer = build_recipe(TokenizerRecipe, walk.image_tokenizer_recipe())
+            tokenizer = build_recipe(TokenizerRecipe, whole.image_tokenizer_recipe())
+        if recipe.llm is None:
+            text = build_recipe(TextModelRecipe, whole.text_model_recipe())
+        lora = build_recipe(LanguageModelRecipe, whole.lora_recipe())
+        run_demo(_miniature(recipe), out, seed=seed, stop_after=stop_after)
+        found: list[Any] = []
+        if tokenizer is not None:
             there = tokenizer.count_pictures() if recipe.shapes is None else recipe.shapes["n"]
             there = min(there, tokenizer.num_pictures or there)
             found.append(image_tokenizer_estimate(tokenizer, there))
-        if recipe.llm is None:
-            text = build_recipe(TextModelRecipe, walk.text_model_recipe())
+        if text is not None:
             found.append(text_model_estimate(text))
-        found.append(language_model_estimate(build_recipe(LanguageModelRecipe, walk.lora_recipe())))
+        found.append(language_model_estimate(lora))
     if recipe.shapes is None:
         return found
     n, chats = recipe.shapes["n"], recipe.shapes.get("chats") or recipe.shapes["n"]

@@ -22,6 +22,7 @@ from tokenizer_hf.sentencepiece_vocabulary import extend_sentencepiece, extend_s
 from tokenizer_hf.vocabulary import ImageVocabulary, VocabularyExtension, extend_tokenizer
 from unimodal.processing_unimodal import CAPTION_INSTRUCTION, DRAW_INSTRUCTION, UnimodalProcessor
 from unimodal.row_initialisation import ROW_INITS, caption_evidence, new_rows
+from unimodal.shipped import resolve
 from unimodal.weight_shards import NewRows, StoredTensor, read_header, rewrite, shard_files
 
 PLAIN_TEMPLATE = """\
@@ -193,14 +194,15 @@ def export_vocabulary(
 
 
 def find_folder(name: str | Path) -> Path:
-    """The local folder of a model: a path, or a hub id that is downloaded (or found in the cache).
+    """The local folder of a model: a path, a hub id that is downloaded (or found in the cache), or
+    the name of one that comes with this package ("shipped:text_model").
 
     No code of the repository is run, and pickled weights are not downloaded.
 
     Raises:
         CheckpointError: neither a folder nor a hub id that can be had.
     """
-    path = Path(name).expanduser()
+    path = Path(resolve(str(name))).expanduser()
     if path.is_dir():
         return path
     if path.exists():

@@ -24,9 +24,11 @@ from unimodal.generation.grammar import Mode
 from unimodal.generation.sampling import SamplingSettings, default_stop_ids, generate
 from unimodal.messages import Message
 from unimodal.processing_unimodal import UnimodalProcessor
+from unimodal.shipped import resolve
 
 ROWS_PER_BATCH = 16  # pictures, captions or replies generated at once; results do not depend on it
 CAPTION_TOKENS = 128
+SMALL_PARAMETERS = 100_000_000
 REPLY_TOKENS = 512
 
 ImagesInReply = Literal["auto", "never", "force"]
@@ -79,20 +81,24 @@ class Unimodal:
         dtype: str | torch.dtype | None = None,
         adapter: str | os.PathLike[str] | None = None,
     ) -> "Unimodal":
-        """Load a merged folder or hub id.
+        """Load a merged folder or hub id, or "shipped:model", which comes with this package.
 
         Args:
             device: None takes CUDA where there is one, else the CPU.
-            dtype: None keeps the type that the weights were saved in.
+            dtype: None keeps the type that the weights were saved in; but a small model computes in
+                float32 on a CPU, which is as fast there as bfloat16 is, or much faster.
             adapter: a PEFT folder that was trained on this model; it is applied, not merged.
 
         Raises:
             CheckpointError: a folder that is missing, foreign or damaged.
             MismatchError: parts of the folder that do not belong together.
         """
+        name_or_path = resolve(os.fspath(name_or_path))
         processor = UnimodalProcessor.from_pretrained(name_or_path)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model = _load_language_model(os.fspath(name_or_path), dtype)
+        model = _load_language_model(name_or_path, dtype)
+        if dtype is None and device.type == "cpu" and model.num_parameters() < SMALL_PARAMETERS:
+            model = model.float()
         if adapter is not None:
             model = _with_adapter(model, os.fspath(adapter))
         if processor.vq_model is not None:

@@ -11,12 +11,12 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.toy import LLM_FAMILIES, tiny_llm
-from tests.training.test_demo import TINY
 from tests.training.test_language_model import recipe_of, settings_of
 from tokenizer_hf.configuration_image_tokenizer import ImageTokenizerConfig
 from tokenizer_hf.errors import ConfigurationError
 from tokenizer_hf.modeling_image_tokenizer import ImageTokenizer
 from training.adapters import add_adapter, fold_lora
+from training.demo import demo_recipe_file
 from training.estimate import (
     Estimate,
     Peak,
@@ -89,10 +89,16 @@ def test_a_lora_saves_the_weight_gradients(merged: Path) -> None:
     assert folded.micro_batch > 0 == full.micro_batch
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("mode", ["full", "folded"])
-def test_traced_memory_is_what_torch_allocates(mode: str, merged: Path) -> None:
-    """The allocator's own record, by the profiler, of a step with real numbers."""
+def test_traced_memory_is_what_torch_allocates(mode: str, attention: str, merged: Path) -> None:
+    """The allocator's own record, by the profiler, of a step with real numbers.
+
+    Measured: 0.5 % apart with eager attention, 5 % with SDPA, whose kernels round up their buffers
+    in another way on fake tensors.
+    """
     model = model_of(mode, merged)
+    model.set_attn_implementation(attention)
     pass_through(model)  # gradients are there already
     with torch.profiler.profile(profile_memory=True) as profile:
         pass_through(model)
@@ -103,9 +109,10 @@ def test_traced_memory_is_what_torch_allocates(mode: str, merged: Path) -> None:
         peak = max(peak, now)
     with without_data():
         copy = model_of(mode, merged)
+        copy.set_attn_implementation(attention)
     with fake(copy):
         traced = traced_bytes(copy, (B, T), LABELLED, bf16=False)
-    assert traced == pytest.approx(peak, rel=0.03)
+    assert traced == pytest.approx(peak, rel=0.02 if attention == "eager" else 0.06)
     assert all(p.numel() for p in copy.parameters())
 
 
@@ -157,7 +164,7 @@ def test_text_kl_costs_another_forward_pass(merged: Path, cache: Path, text: Pat
         language_model_estimate(recipe_of(settings, loss={"text_kl": kl})).flops_per_step
         for kl in (0.0, 1.0)
     )
-    assert 1.02 * plain < held < 1.5 * plain
+    assert 1.005 * plain < held < 1.5 * plain
 
 
 def test_the_clock_leaves_out_the_first_step_and_the_checkpoints(
@@ -200,7 +207,7 @@ def test_what_does_not_fit_is_said() -> None:
     parts = {"weights": 3 * 2**30}
     one = Estimate("lora", {"layers": 10**6}, 10**6, 10, 8, 100, "8 texts", 1e12, parts)
     assert not any("WARNING" in line for line in one.lines(Peak(1e12, ""), 0.5, 4 * 2**30))
-    told = one.lines(Peak(1e12, ""), 0.5, 3 * 2**30)
+    told = one.lines(Peak(1e12, ""), 0.5, int(3.5 * 2**30))
     assert "3 GiB do not fit" in told[-1] and "per_device_train_batch_size" in told[-1]
     assert "20 s at 50%" in "\n".join(told)
     assert next(iter(wording([one], "H100"))).startswith("peak: 989 TFLOP/s")
@@ -229,26 +236,21 @@ def test_estimate_of_any_recipe(
     assert found.stage == "text_model" and found.examples_per_step == 64
 
 
-@pytest.mark.parametrize("name", ["tiny", "gpu"])
-def test_estimate_of_a_demo_tries_its_keys(name: str, tmp_path: Path) -> None:
-    """The GPU recipe with its models cut down: all its other settings go through a miniature."""
-    if name == "tiny":
-        content: dict[str, Any] = {**TINY}
-    else:
-        content = yaml.safe_load(Path("training/recipes/gpu.yaml").read_text())
-        content["text_model"]["config"] |= {"hidden_size": 64, "intermediate_size": 96}
-        content["text_model"]["config"] |= {"num_hidden_layers": 2, "num_attention_heads": 1}
-        content["text_model"]["config"] |= {"num_key_value_heads": 1}
-        content["image_tokenizer"]["tokenizer"] |= {"base_channels": 8}
+def test_the_gpu_recipe_goes_through_in_miniature(tmp_path: Path) -> None:
+    """With its models cut down; all its other settings are used as they are."""
+    content = yaml.safe_load(demo_recipe_file("gpu").read_text())
+    content["text_model"]["config"] |= {"hidden_size": 64, "intermediate_size": 96}
+    content["text_model"]["config"] |= {"num_hidden_layers": 2, "num_attention_heads": 1}
+    content["text_model"]["config"] |= {"num_key_value_heads": 1}
+    content["image_tokenizer"]["tokenizer"] |= {"base_channels": 8}
     file = tmp_path / "demo.yaml"
     file.write_text(yaml.safe_dump(content))
     found = estimate_recipe(file)
     assert [one.stage for one in found] == ["image_tokenizer", "text_model", "lora"]
-    steps = [content["image_tokenizer"]["max_steps"]]
-    steps += [content[stage]["training"]["max_steps"] for stage in ("text_model", "lora")]
-    assert [one.steps for one in found] == steps
+    assert [one.steps for one in found] == [20_000, 8_000, 8_000]
+    assert found[2].examples_per_step * found[2].steps >= 10**6
+    assert found[0].data.startswith("200,000 pictures")
     content["lora"]["lora"]["rnak"] = 3
     file.write_text(yaml.safe_dump(content))
-    if name == "tiny":
-        with pytest.raises(ConfigurationError, match="rnak"):
-            estimate_recipe(file)
+    with pytest.raises(ConfigurationError, match=r"lora\.lora has no field 'rnak'|'rnak'"):
+        estimate_recipe(file)
