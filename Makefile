@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Each makes .venv by itself on first use.
+# Two commands: `make demo` and `make test` (`make help` has the others). Each makes .venv by itself on first use.
 #
 #   PYTHON=python3.12   the interpreter that the environment is made from
 #   VLLM=cpu|gpu|none   which vLLM build (default: gpu where nvidia-smi answers, else cpu)
@@ -9,7 +9,7 @@ BIN := .venv/bin
 READY := .venv/.ready-$(VLLM)
 TORCH_CPU := https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test check format clean
+.PHONY: help demo demo-from-scratch test check format clean
 
 help:  ## show the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ endif
 
 demo: $(READY)  ## the whole job on this machine: train, merge, tune, draw, caption, serve, report
 	$(BIN)/unimodal demo $(ARGS)
+
+demo-from-scratch: $(READY)  ## the same, the image tokenizer and the text LLM trained on the way
+	$(BIN)/unimodal demo --config demo-from-scratch $(ARGS)
 
 test: $(READY)  ## the tests (no network, no GPU)
 	$(BIN)/python -m pytest $(ARGS)
