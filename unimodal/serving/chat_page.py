@@ -48,9 +48,13 @@ CSS = """
 #chat .prose { opacity: 1; }  /* else pictures look washed out */
 #chat button[aria-label="Clear"] { display: none; }  /* our own button says it in words */
 #chat img { width: min(256px, 60vw); margin: 4px 0; border-radius: 8px; display: block; }
+#chat img { aspect-ratio: auto 1; }  /* room for it before it is loaded, so that scrolling fits */
 #chat img.attached { width: min(160px, 45vw); }
 #chat img.preview { opacity: 0.7; }
 #chat img.sharp, #drawn.sharp img { image-rendering: pixelated; }
+input[type="radio"]:checked:hover, input[type="radio"]:checked:focus {
+    background-color: var(--checkbox-background-color-selected) !important;  /* else it vanishes */
+}
 #drawn .caption-label { display: none; }  /* it is the alternative text */
 """
 
