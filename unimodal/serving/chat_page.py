@@ -258,7 +258,9 @@ class SettingsPanel:
             )
         with gr.Accordion("Seed", open=True):
             self.new_seed = gr.Checkbox(True, label="A new seed each time")
-            self.seed = gr.Number(0, precision=0, minimum=0, maximum=MOST_SEED, label="Seed")
+            self.seed = gr.Number(
+                0, precision=0, minimum=0, maximum=MOST_SEED, label="Seed", elem_id="seed"
+            )
         self._fields = {
             "mode": mode,
             "guidance": self.guidance,
