@@ -184,7 +184,8 @@ def test_regenerate_draws_anew_and_clear_forgets(page: Any) -> None:
     page.wait_for_function("old => document.querySelector('#seed input').value !== old", arg=seed)
     steps.rest()
     second = replies.inner_html()
-    assert second != first  # the picture or the words behind it; a random model's are all grey
+    # The words behind the picture; the pictures of a random tokenizer are all alike.
+    assert second != first
     # The seed that is shown says the same again.
     page.evaluate(COUNT_PREVIEWS)
     page.get_by_label("A new seed each time").uncheck()

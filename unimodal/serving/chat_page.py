@@ -449,8 +449,12 @@ class ChatPage:
         entry, chat = values[self.entry], values[self.chat]
         text = (entry.get("text") or "").strip()
         with _told_to_the_user():
-            files = entry.get("files") or []
-            pictures = [await asyncio.to_thread(read_picture, path) for path in files]
+            # Two drawings may look alike and still differ in their codes: the file tells which.
+            drawn = dict(zip(map(str, self.files.drawn(chat)), chat.drawn, strict=True))
+            pictures = [
+                drawn.get(path) or await asyncio.to_thread(read_picture, path)
+                for path in entry.get("files") or []
+            ]
             if not text and not pictures:
                 raise ServingError("write a message or add a picture first")
             question: list[Part] = [*pictures, *([text] if text else [])]
