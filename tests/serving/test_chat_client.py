@@ -125,6 +125,9 @@ def test_a_drawn_picture_that_comes_back_as_input_has_its_codes(tmp_path: Path) 
     [part] = chat.ask([read_picture(file)]).question
     assert isinstance(part, Picture)
     assert part.codes == [1, 2, 3]
+    twin = Picture(png(), codes=[1, 2, 4])
+    assert twin.key != turn.reply[0].key  # type: ignore[union-attr]
+    assert chat.ask([twin]).question == [twin]
     file.write_bytes(png("blue"))
     [part] = chat.ask([read_picture(file)]).question
     assert isinstance(part, Picture)

@@ -43,8 +43,8 @@ class Picture:
 
     @property
     def key(self) -> str:
-        """The same for the same file."""
-        return hashlib.sha256(self.data).hexdigest()[:32]
+        """The same for the same file with the same codes."""
+        return hashlib.sha256(self.data + repr(self.codes).encode()).hexdigest()[:32]
 
     @property
     def part(self) -> dict[str, Any]:
@@ -87,9 +87,15 @@ class Chat:
 
     def ask(self, question: Sequence[Part]) -> Turn:
         """Begin a turn. A picture that the model drew itself is put in with its codes."""
-        drawn = {picture.key: picture for picture in self.drawn}
-        known = [drawn.get(p.key, p) if isinstance(p, Picture) else p for p in question]
-        turn = Turn(known)
+        drawn = {picture.data: picture for picture in self.drawn}
+        turn = Turn(
+            [
+                drawn.get(part.data, part)
+                if isinstance(part, Picture) and part.codes is None
+                else part
+                for part in question
+            ]
+        )
         self.turns.append(turn)
         return turn
 

@@ -48,9 +48,13 @@ CSS = """
 #chat .prose { opacity: 1; }  /* else pictures look washed out */
 #chat button[aria-label="Clear"] { display: none; }  /* our own button says it in words */
 #chat img { width: min(256px, 60vw); margin: 4px 0; border-radius: 8px; display: block; }
+#chat img { aspect-ratio: auto 1; }  /* room for it before it is loaded, so that scrolling fits */
 #chat img.attached { width: min(160px, 45vw); }
 #chat img.preview { opacity: 0.7; }
 #chat img.sharp, #drawn.sharp img { image-rendering: pixelated; }
+input[type="radio"]:checked:hover, input[type="radio"]:checked:focus {
+    background-color: var(--checkbox-background-color-selected) !important;  /* else it vanishes */
+}
 #drawn .caption-label { display: none; }  /* it is the alternative text */
 """
 
@@ -254,7 +258,9 @@ class SettingsPanel:
             )
         with gr.Accordion("Seed", open=True):
             self.new_seed = gr.Checkbox(True, label="A new seed each time")
-            self.seed = gr.Number(0, precision=0, minimum=0, maximum=MOST_SEED, label="Seed")
+            self.seed = gr.Number(
+                0, precision=0, minimum=0, maximum=MOST_SEED, label="Seed", elem_id="seed"
+            )
         self._fields = {
             "mode": mode,
             "guidance": self.guidance,
@@ -443,8 +449,12 @@ class ChatPage:
         entry, chat = values[self.entry], values[self.chat]
         text = (entry.get("text") or "").strip()
         with _told_to_the_user():
-            files = entry.get("files") or []
-            pictures = [await asyncio.to_thread(read_picture, path) for path in files]
+            # Two drawings may look alike and still differ in their codes: the file tells which.
+            drawn = dict(zip(map(str, self.files.drawn(chat)), chat.drawn, strict=True))
+            pictures = [
+                drawn.get(path) or await asyncio.to_thread(read_picture, path)
+                for path in entry.get("files") or []
+            ]
             if not text and not pictures:
                 raise ServingError("write a message or add a picture first")
             question: list[Part] = [*pictures, *([text] if text else [])]
