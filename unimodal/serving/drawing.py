@@ -47,7 +47,6 @@ class Drawing:
         self.prompts = prompts
         self.processor = prompts.processor
         self.codec = prompts.codec
-        self.processor = prompts.processor
         self.vocabulary = segments.vocabulary
         self._negatives: dict[str, list[int]] = {}
         """Unconditional prompts by text; nearly every request has the same."""
