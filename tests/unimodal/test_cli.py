@@ -184,7 +184,7 @@ def test_draw_mistakes(run, folder, tmp_path):
     assert_one_line_error(draw("a star", "--guidance", "much"), "--guidance")
     assert_one_line_error(draw("a star", "--device", "quantum"), "--device quantum")
     assert_one_line_error(draw("a star", "--dtype", "float7"), "--dtype float7", "bfloat16")
-    assert_one_line_error(run("draw", "a star"), "--model")
+    assert_one_line_error(run("draw", "--model", folder), "nothing to draw")
     assert_one_line_error(run("drawn", "a star"), "drawn")
     assert list(tmp_path.rglob("*.png")) == []
 

@@ -1,0 +1,117 @@
+"""The models that come inside the package: they load, they work from the command line, and they
+still score what docs/shipped_models.md says.
+
+The scores stand in ``unimodal/shipped/report.json``, as `unimodal evaluate` wrote them. Here fewer
+things are measured, of another seed; each share has to lie within the two 95 % intervals together.
+"""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eval.reconstruction import agreements
+from eval.scores import judge_drawings, score_answers, score_captions, share
+from eval.shapes.captions import questions
+from eval.shapes.parser import parse_picture
+from eval.shapes.prompts import prompts
+from eval.shapes.reading import parse_caption
+from eval.shapes.render import render
+from eval.shapes.requirement import satisfies
+from eval.shapes.scene import CATEGORIES, Scene, sample_scene
+from tokenizer_hf.errors import CheckpointError
+from tokenizer_hf.modeling_image_tokenizer import ImageTokenizer
+from unimodal.merge import find_folder
+from unimodal.pipeline import Unimodal
+from unimodal.shipped import FOLDER, NAMES, resolve
+
+N = 40
+REPORT = json.loads((FOLDER / "report.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def model() -> Unimodal:
+    return Unimodal.from_pretrained("shipped:model")
+
+
+def scenes(count: int, held_out: Any = "exclude") -> list[Scene]:
+    rng = random.Random(f"shipped-{held_out}")
+    return [sample_scene(rng, "board", None, held_out) for _ in range(count)]
+
+
+def agrees(measured: Any, recorded: Any) -> bool:
+    """Whether the 95 % intervals of two shares meet."""
+    return measured["high"] >= recorded["low"] and recorded["high"] >= measured["low"]
+
+
+def test_they_are_small_and_hold_safetensors_only() -> None:
+    files = [file for file in FOLDER.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 30 * 2**20
+    assert {file.suffix for file in files} <= {".safetensors", ".json", ".jinja", ".md"}
+    assert all(resolve(f"shipped:{name}") == str(FOLDER / name) for name in NAMES)
+    with pytest.raises(CheckpointError, match="shipped:text_model"):
+        resolve("shipped:other")
+
+
+def test_the_text_model_has_never_seen_a_code() -> None:
+    base = json.loads((find_folder("shipped:text_model") / "config.json").read_text())
+    merged = json.loads((find_folder("shipped:model") / "config.json").read_text())
+    assert base["vocab_size"] < merged["vocab_size"]
+    assert base["architectures"] == merged["architectures"] == ["Qwen3ForCausalLM"]
+
+
+@pytest.mark.parametrize("held_out", ["exclude", "only"])
+def test_pictures_survive_the_tokenizer(held_out: str) -> None:
+    tokenizer = ImageTokenizer.from_pretrained(resolve("shipped:image_tokenizer"))
+    unseen = scenes(100, held_out)
+    pixels = tokenizer.image_processor([np.asarray(render(scene)) for scene in unseen])
+    codes = tokenizer.encode(pixels["pixel_values"])
+    assert codes.shape == (100, 16)
+    painted = tokenizer.image_processor.postprocess(tokenizer.decode(codes))
+    assert sum(agreements(painted, unseen)) >= 97
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_it_draws_as_well_as_it_says(model: Unimodal, category: str) -> None:
+    plan = prompts(category, N, seed=77)
+    drawn = model.draw([prompt.text for prompt in plan], seed=77)
+    assert agrees(share(judge_drawings(drawn, plan)), REPORT["draw"][category])
+
+
+def test_it_captions_and_answers_as_well_as_it_says(model: Unimodal) -> None:
+    shown = scenes(2 * N)
+    pictures = [render(scene) for scene in shown]
+    captions = score_captions(model.caption(pictures), shown)
+    assert agrees(captions["exact"], REPORT["caption"]["exact"])
+    rng = random.Random(0)
+    pairs = [questions(scene, rng, 1)[0] for scene in shown]
+    talks = []
+    for picture, (question, _) in zip(pictures, pairs, strict=True):
+        parts = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+        talks.append([{"role": "user", "content": parts}])
+    replies = model.chat(talks, images="never", max_new_tokens=8)
+    answers = score_answers([r.text for r in replies], [answer for _, answer in pairs])
+    assert agrees(answers, REPORT["answers"])
+
+
+def test_draw_and_caption_need_no_model_name(tmp_path: Path) -> None:
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-m", "unimodal.cli", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    file = tmp_path / "star.png"
+    wanted = "a red star and a blue ring"
+    run("draw", wanted, "--seed", "1", "--out", str(file))
+    requirement = parse_caption(wanted)
+    assert requirement is not None
+    assert satisfies(parse_picture(Image.open(file)), requirement)
+    caption = parse_caption(run("caption", str(file)).split("\t")[1])
+    assert caption is not None and satisfies(parse_picture(Image.open(file)), caption)
