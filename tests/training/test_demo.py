@@ -110,5 +110,8 @@ def test_another_seed_in_the_same_folder_is_refused(recipe_file: Path, walk: Pat
         run_demo(load_demo_recipe(recipe_file), walk, seed=1)
 
 
-def test_shipped_recipes_load() -> None:
-    assert load_demo_recipe("demo").shapes is not None
+@pytest.mark.parametrize("name", ["demo", "demo-from-scratch", "emoji", "gpu", "shipped"])
+def test_recipes_of_the_package_load(name: str) -> None:
+    recipe = load_demo_recipe(name)
+    assert (recipe.shapes is None) == (name == "emoji")
+    assert recipe.lora
