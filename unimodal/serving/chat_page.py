@@ -450,9 +450,10 @@ class ChatPage:
         text = (entry.get("text") or "").strip()
         with _told_to_the_user():
             # Two drawings may look alike and still differ in their codes: the file tells which.
-            drawn = dict(zip(map(str, self.files.drawn(chat)), chat.drawn, strict=True))
+            files = map(str, self.files.drawn(chat))
+            drawn: dict[str, Picture] = dict(zip(files, chat.drawn, strict=True))
             pictures = [
-                drawn.get(path) or await asyncio.to_thread(read_picture, path)
+                drawn[path] if path in drawn else await asyncio.to_thread(read_picture, path)
                 for path in entry.get("files") or []
             ]
             if not text and not pictures:
