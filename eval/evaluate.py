@@ -32,7 +32,7 @@ from eval.scores import (
     score_captions,
     share,
 )
-from eval.shapes.captions import list_objects, questions
+from eval.shapes.captions import NUMBERS, list_objects, questions
 from eval.shapes.parser import parse_picture
 from eval.shapes.prompts import Prompt, prompts
 from eval.shapes.render import render
@@ -424,7 +424,9 @@ def _answer_in_dialogues(run: _Run, talks: list[list[Any]]) -> list[str]:
 
 def _questions_about(picture: Image.Image, rng: random.Random) -> list[tuple[str, str]]:
     scene = parse_picture(picture)
-    return questions(scene, rng, _DIALOGUE_QUESTIONS) if scene and scene.objects else []
+    if scene is None or not 0 < len(scene.objects) < len(NUMBERS):  # an untrained model's scribble
+        return []
+    return questions(scene, rng, _DIALOGUE_QUESTIONS)
 
 
 def _note(ids: list[list[int]], first: int, row: int, token_id: int) -> None:
