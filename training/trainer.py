@@ -338,9 +338,9 @@ def labelled_positions(model: Any, learnt: Tensor) -> Iterator[None]:
 def compile_body(model: Any) -> None:
     """Run everything before the head through ``torch.compile``, in place; names stay as they are.
 
-    The head stays outside: `labelled_positions` hooks it anew for every batch, and a compiled graph
-    keeps the hooks that it was traced with. transformers' own ``torch_compile`` takes the head in,
-    so `training_arguments` refuses it.
+    The head stays outside: `labelled_positions` hooks it anew for every batch, and whether a graph
+    that was traced with one hook sees the next is up to torch's guards. transformers' own
+    ``torch_compile`` takes the head in, so `training_arguments` refuses it.
 
     Args:
         model: a causal LM, or a PEFT model around one.
