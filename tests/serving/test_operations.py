@@ -38,12 +38,14 @@ LIMITS = [
     *("--max-num-seqs", "8"),
     *("--max-queue", "4"),
     *("--max-images", "3"),
-    *("--max-prompt-tokens", "300"),
+    *("--max-prompt-tokens", "450"),
     *("--max-image-tokens", "200"),
     *("--max-image-pixels", "10000"),
     *("--max-body-mib", "1"),
     *("--image-hosts", "localhost"),
     "--allow-http-images",
+    "--enable-auto-tool-choice",
+    *("--tool-call-parser", "hermes"),
     *("--shutdown-timeout", "30"),
 ]
 
@@ -178,7 +180,7 @@ PLACES: dict[str, Any] = {
     "text": lambda text: {"messages": [user(text)]},
     "string": lambda text: {"messages": [{"role": "user", "content": text}]},
     "parts": lambda text: {"messages": [user(*(text[i : i + 4] for i in range(0, len(text), 4)))]},
-    "beside a picture": lambda text: {"messages": [user(text, image_part(picture()), text)]},
+    "beside a picture": lambda text: {"messages": [user(image_part(picture()), text)]},
     "system": lambda text: {"messages": [{"role": "system", "content": text}, user("x")]},
     "history": lambda text: {
         "messages": [user("x"), {"role": "assistant", "content": text}, user("x")]
@@ -283,7 +285,7 @@ def url(address: str) -> dict[str, Any]:
     ("path", "body", "texts"),
     [
         (CHAT, {"messages": [user(*[image_part(picture())] * 4)]}, ("4 images", "--max-images")),
-        (CHAT, {"messages": [user("x " * 400)]}, ("--max-prompt-tokens",)),
+        (CHAT, {"messages": [user("x " * 600)]}, ("--max-prompt-tokens",)),
         (CHAT, {"messages": [user(image_part(large()))]}, ("101 × 100 pixels", "10000")),
         (IMAGES, {"prompt": "a ring", "n": 5}, ("250 image ids", "--max-image-tokens")),
         (
@@ -513,7 +515,7 @@ def test_when_the_engine_dies_requests_are_told_and_the_server_ends(doomed: Serv
     for thread in threads:
         thread.join(30)
     told = [answer for status, answer, _ in answers if status == 503]
-    assert told and all(is_error(answer, 503, "engine died") for answer in told)
+    assert told and all(is_error(answer, 503, "the engine") for answer in told)
     assert {status for status, _, _ in answers} <= {200, 503, 0}  # 0: vLLM had closed already
     assert gone(doomed.pid, 30)
     assert all(gone(process.pid, 5) for process in family)
