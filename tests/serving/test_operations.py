@@ -163,12 +163,12 @@ def tool(text: str) -> dict[str, Any]:
     return {"type": "function", "function": {**TOOL["function"], "description": text}}
 
 
-def called(text: str) -> list[dict[str, Any]]:
+def called(text: str, answered: str) -> list[dict[str, Any]]:
     # Not json.dumps: an escape in the text is one in the arguments.
     written = text.replace("\n", " ")
     function = {"name": "f", "arguments": f'{{"x": "{written}"}}'}
     call = {"id": "c1", "type": "function", "function": function}
-    result = {"role": "tool", "tool_call_id": "c1", "content": text}
+    result = {"role": "tool", "tool_call_id": "c1", "content": answered}
     return [
         user("hi"),
         {"role": "assistant", "content": None, "tool_calls": [call]},
@@ -191,7 +191,8 @@ PLACES: dict[str, Any] = {
         "messages": [user("x")],
         "chat_template_kwargs": {"note": text},
     },
-    "tool calls and results": lambda text: {"messages": called(text), "tools": [tool(text)]},
+    "tool calls": lambda text: {"messages": called(text, "x"), "tools": [tool("x")]},
+    "tool results": lambda text: {"messages": called("x", text), "tools": [tool("x")]},
     "continued": lambda text: {
         "messages": [user("x"), {"role": "assistant", "content": text}],
         "add_generation_prompt": False,
