@@ -1545,6 +1545,39 @@ def bench_serve(
     typer.echo((out / "serve.md").read_text(encoding="utf-8"))
 
 
+@bench.command("soak")
+def bench_soak(
+    model: Annotated[str, typer.Option(help="A merged model: folder or hub id.")],
+    requests: Annotated[int, typer.Option(min=1, help="Requests, at least.")] = 2000,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 64,
+    minutes: Annotated[float, typer.Option(min=0, help="Go on for that long.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the JSON here.")] = None,
+    log: Annotated[Path | None, typer.Option(help="Write the server's output here.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the traffic.")] = 0,
+    serve: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FLAG", help="A flag for `unimodal serve`; may be given again."),
+    ] = None,
+) -> None:
+    """Serve a model and send it mixed traffic: captions, questions, drawings, guided drawings,
+    streams, malformed and abandoned requests.
+
+    Reports errors, malformed images, restarts of guided pairs, what still runs at the end, and the
+    memory of all server processes over time. Ends with 1 if anything of it is wrong: an error, more
+    than 5 % restarts, memory that grew by more than 5 %.
+
+        unimodal bench soak --model my-model --serve=--max-num-seqs=64
+    """
+    from unimodal.serving.soak import require_flat, run_soak
+
+    flags = tuple(serve or ())
+    result = run_soak(
+        model, requests, concurrency, minutes, seed=seed, vllm_args=flags, out=out, log=log
+    )
+    typer.echo(result["summary"])
+    require_flat(result)
+
+
 def main() -> None:
     """Run the command line. Errors are one line and an exit code; ``--debug`` shows the traceback.
 
@@ -1591,36 +1624,3 @@ def _one_line(message: object) -> str:
 
 if __name__ == "__main__":
     main()
-
-
-@bench.command("soak")
-def bench_soak(
-    model: Annotated[str, typer.Option(help="A merged model: folder or hub id.")],
-    requests: Annotated[int, typer.Option(min=1, help="Requests, at least.")] = 2000,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 64,
-    minutes: Annotated[float, typer.Option(min=0, help="Go on for that long.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Write the JSON here.")] = None,
-    log: Annotated[Path | None, typer.Option(help="Write the server's output here.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the traffic.")] = 0,
-    serve: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FLAG", help="A flag for `unimodal serve`; may be given again."),
-    ] = None,
-) -> None:
-    """Serve a model and send it mixed traffic: captions, questions, drawings, guided drawings,
-    streams, malformed and abandoned requests.
-
-    Reports errors, malformed images, restarts of guided pairs, what still runs at the end, and the
-    memory of all server processes over time. Ends with 1 if anything of it is wrong: an error, more
-    than 5 % restarts, memory that grew by more than 5 %.
-
-        unimodal bench soak --model my-model --serve=--max-num-seqs=64
-    """
-    from unimodal.serving.soak import require_flat, run_soak
-
-    flags = tuple(serve or ())
-    result = run_soak(
-        model, requests, concurrency, minutes, seed=seed, vllm_args=flags, out=out, log=log
-    )
-    typer.echo(result["summary"])
-    require_flat(result)

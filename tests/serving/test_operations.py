@@ -46,7 +46,7 @@ LIMITS = [
     "--allow-http-images",
     "--enable-auto-tool-choice",
     *("--tool-call-parser", "hermes"),
-    *("--shutdown-timeout", "30"),
+    *("--shutdown-timeout", "90"),
 ]
 
 # Everything that a request can say stands in the prompt, as it does with large models' templates.
@@ -442,6 +442,7 @@ def gone(pid: int, seconds: float) -> bool:
 @pytest.fixture(scope="module")
 def doubled(folder: Path) -> Iterator[Server]:
     flags = ["--max-num-seqs", "8", "--api-server-count", "2", "--request-log", "off"]
+    flags += ["--shutdown-timeout", "90"]
     with running_server(folder, flags, log=folder.parent / "doubled.log") as it:
         yield it
 
@@ -465,13 +466,13 @@ def test_on_sigterm_those_at_work_finish_and_nobody_comes_in(
     request: pytest.FixtureRequest, name: str
 ) -> None:
     server = request.getfixturevalue(name)
-    body = {**LONG, "n": 8, "max_tokens": 150}
+    body = {**LONG, "n": 8, "max_tokens": 300}
     draw = {"prompt": "a ring", "n": 3, "guidance_scale": 2}
     family = psutil.Process(server.pid).children(recursive=True)
     with ThreadPoolExecutor(12) as pool:
-        texts = [pool.submit(ask, server, CHAT, body) for _ in range(4)]
+        texts = [pool.submit(ask, server, CHAT, body) for _ in range(6)]
         drawings = [pool.submit(ask, server, IMAGES, draw) for _ in range(3)]
-        while metric(server, "unimodal:queue_depth") < 7:
+        while metric(server, "unimodal:queue_depth") < 5:
             assert not all(asked.done() for asked in texts)
             time.sleep(0.01)
         os.kill(server.pid, signal.SIGTERM)
