@@ -38,12 +38,14 @@ LIMITS = [
     *("--max-num-seqs", "8"),
     *("--max-queue", "4"),
     *("--max-images", "3"),
-    *("--max-prompt-tokens", "300"),
+    *("--max-prompt-tokens", "450"),
     *("--max-image-tokens", "200"),
     *("--max-image-pixels", "10000"),
     *("--max-body-mib", "1"),
     *("--image-hosts", "localhost"),
     "--allow-http-images",
+    "--enable-auto-tool-choice",
+    *("--tool-call-parser", "hermes"),
     *("--shutdown-timeout", "30"),
 ]
 
@@ -161,12 +163,12 @@ def tool(text: str) -> dict[str, Any]:
     return {"type": "function", "function": {**TOOL["function"], "description": text}}
 
 
-def called(text: str) -> list[dict[str, Any]]:
+def called(text: str, answered: str) -> list[dict[str, Any]]:
     # Not json.dumps: an escape in the text is one in the arguments.
     written = text.replace("\n", " ")
     function = {"name": "f", "arguments": f'{{"x": "{written}"}}'}
     call = {"id": "c1", "type": "function", "function": function}
-    result = {"role": "tool", "tool_call_id": "c1", "content": text}
+    result = {"role": "tool", "tool_call_id": "c1", "content": answered}
     return [
         user("hi"),
         {"role": "assistant", "content": None, "tool_calls": [call]},
@@ -178,7 +180,7 @@ PLACES: dict[str, Any] = {
     "text": lambda text: {"messages": [user(text)]},
     "string": lambda text: {"messages": [{"role": "user", "content": text}]},
     "parts": lambda text: {"messages": [user(*(text[i : i + 4] for i in range(0, len(text), 4)))]},
-    "beside a picture": lambda text: {"messages": [user(text, image_part(picture()), text)]},
+    "beside a picture": lambda text: {"messages": [user(image_part(picture()), text)]},
     "system": lambda text: {"messages": [{"role": "system", "content": text}, user("x")]},
     "history": lambda text: {
         "messages": [user("x"), {"role": "assistant", "content": text}, user("x")]
@@ -189,7 +191,8 @@ PLACES: dict[str, Any] = {
         "messages": [user("x")],
         "chat_template_kwargs": {"note": text},
     },
-    "tool calls and results": lambda text: {"messages": called(text), "tools": [tool(text)]},
+    "tool calls": lambda text: {"messages": called(text, "x"), "tools": [tool("x")]},
+    "tool results": lambda text: {"messages": called("x", text), "tools": [tool("x")]},
     "continued": lambda text: {
         "messages": [user("x"), {"role": "assistant", "content": text}],
         "add_generation_prompt": False,
@@ -283,7 +286,7 @@ def url(address: str) -> dict[str, Any]:
     ("path", "body", "texts"),
     [
         (CHAT, {"messages": [user(*[image_part(picture())] * 4)]}, ("4 images", "--max-images")),
-        (CHAT, {"messages": [user("x " * 400)]}, ("--max-prompt-tokens",)),
+        (CHAT, {"messages": [user("x " * 600)]}, ("--max-prompt-tokens",)),
         (CHAT, {"messages": [user(image_part(large()))]}, ("101 × 100 pixels", "10000")),
         (IMAGES, {"prompt": "a ring", "n": 5}, ("250 image ids", "--max-image-tokens")),
         (
@@ -462,13 +465,13 @@ def test_on_sigterm_those_at_work_finish_and_nobody_comes_in(
     request: pytest.FixtureRequest, name: str
 ) -> None:
     server = request.getfixturevalue(name)
-    body = {**LONG, "n": 8, "max_tokens": 300}
+    body = {**LONG, "n": 8, "max_tokens": 150}
     draw = {"prompt": "a ring", "n": 3, "guidance_scale": 2}
     family = psutil.Process(server.pid).children(recursive=True)
     with ThreadPoolExecutor(12) as pool:
-        texts = [pool.submit(ask, server, CHAT, body) for _ in range(6)]
+        texts = [pool.submit(ask, server, CHAT, body) for _ in range(4)]
         drawings = [pool.submit(ask, server, IMAGES, draw) for _ in range(3)]
-        while metric(server, "unimodal:queue_depth") < 9:
+        while metric(server, "unimodal:queue_depth") < 7:
             assert not all(asked.done() for asked in texts)
             time.sleep(0.01)
         os.kill(server.pid, signal.SIGTERM)
@@ -513,7 +516,7 @@ def test_when_the_engine_dies_requests_are_told_and_the_server_ends(doomed: Serv
     for thread in threads:
         thread.join(30)
     told = [answer for status, answer, _ in answers if status == 503]
-    assert told and all(is_error(answer, 503, "engine died") for answer in told)
+    assert told and all(is_error(answer, 503, "the engine") for answer in told)
     assert {status for status, _, _ in answers} <= {200, 503, 0}  # 0: vLLM had closed already
     assert gone(doomed.pid, 30)
     assert all(gone(process.pid, 5) for process in family)
