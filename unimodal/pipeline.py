@@ -97,7 +97,8 @@ class Unimodal:
         processor = UnimodalProcessor.from_pretrained(name_or_path)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = _load_language_model(name_or_path, dtype)
-        if dtype is None and device.type == "cpu" and model.num_parameters() < SMALL_PARAMETERS:
+        small = model.num_parameters() < SMALL_PARAMETERS
+        if dtype is None and device.type == "cpu" and small and not _is_quantized(model):
             model = model.float()
         if adapter is not None:
             model = _with_adapter(model, os.fspath(adapter))
@@ -361,6 +362,11 @@ def _load_language_model(name_or_path: str, dtype: str | torch.dtype | None) -> 
             f"or of another shape, for example {min(map(str, wrong))}; merge it again"
         )
     return model
+
+
+def _is_quantized(model: Any) -> bool:
+    """Such a model keeps its type; transformers refuses to cast it."""
+    return getattr(model, "quantization_method", None) is not None
 
 
 def _with_adapter(model: Any, adapter: str) -> Any:

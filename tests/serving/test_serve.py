@@ -26,6 +26,7 @@ from unimodal.serving.serve import (
     LOGITS_PROCESSOR,
     MIDDLEWARE,
     check_head_size,
+    check_packed_dtype,
     http_flags,
     prepare,
     read_config,
@@ -256,3 +257,14 @@ def test_images_are_written_in_every_format(output_format: str) -> None:
 
 def test_requests_are_plain_json() -> None:
     json.dumps(read_body(ImagesRequest, {"prompt": "x"}).model_dump())
+
+
+def test_packed_weights_are_not_computed_in_float32_on_a_cpu(tmp_path: Path) -> None:
+    packed = {"dtype": "float32", "quantization_config": {"format": "pack-quantized"}}
+    arguments, _ = prepare(tmp_path, [], on_cpu=True, config=packed, environ={})
+    assert arguments[arguments.index("--dtype") + 1] == "bfloat16"
+    check_packed_dtype(packed, ["--dtype", "bfloat16", "--port", "1"])
+    check_packed_dtype({"dtype": "float32"}, ["--dtype", "float32"])
+    for words in (["--dtype", "float32"], ["--dtype=float"]):
+        with pytest.raises(ServingError, match="W4A16"):
+            check_packed_dtype(packed, words)

@@ -17,7 +17,7 @@ import psutil
 from vllm import AsyncEngineArgs, AsyncLLMEngine
 from vllm.lora.request import LoRARequest
 
-from tokenizer_hf.errors import ServingError, UnimodalError
+from tokenizer_hf.errors import ServingError
 from unimodal.batch_drawing import Drawing, Result, prompt_ids
 from unimodal.processing_unimodal import UnimodalProcessor
 from unimodal.serving.adapters import adapter_flags
@@ -89,8 +89,6 @@ class VllmBackend:
             return drawing, await self.segments.draw(
                 prompt, negative, settings, lora_request=self.lora
             )
-        except UnimodalError as error:
-            return drawing, error
         except Exception as error:
             if self.engine.errored:
                 raise ServingError(

@@ -7,6 +7,7 @@ gave none, and calls ``vllm serve``. Data, tensor and pipeline parallelism are v
 import json
 import os
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def command_line(
     on_cpu = current_platform.is_cpu()
     if on_cpu:
         check_head_size(config, cpu_head_sizes())
+        check_packed_dtype(config, vllm_args)
     flags = adapter_flags(vllm_args, on_cpu=on_cpu, environ=os.environ)
     return prepare(
         folder,
@@ -106,6 +108,26 @@ def check_head_size(config: Mapping[str, Any], supported: Sequence[int]) -> None
             f"the model's attention heads are {size} wide, but vLLM computes on a CPU only "
             f"{', '.join(map(str, supported))}; serve it on a GPU, or build the model with another "
             "head_dim"
+        )
+
+
+def is_packed(config: Mapping[str, Any]) -> bool:
+    """Say whether a model's weights are packed 4-bit integers (``unimodal quantize``'s W4A16)."""
+    return (config.get("quantization_config") or {}).get("format") == "pack-quantized"
+
+
+def check_packed_dtype(config: Mapping[str, Any], vllm_args: Sequence[str]) -> None:
+    """Refuse float32 for packed weights: vLLM's CPU kernel has none, and dies at the first request.
+
+    Raises:
+        ServingError: says which types there are.
+    """
+    words = [*(word for argument in vllm_args for word in argument.split("=", 1)), ""]
+    asked = [word for flag, word in pairwise(words) if flag == "--dtype"]
+    if is_packed(config) and asked[-1:] in (["float32"], ["float"]):
+        raise ServingError(
+            "--dtype float32 came with a W4A16 model, which vLLM computes on a CPU in bfloat16 or "
+            "float16 only; leave the flag out"
         )
 
 
@@ -198,7 +220,7 @@ def prepare(
         default("--enforce-eager", unless=("--no-enforce-eager", "-O", "--compilation-config"))
         default("--max-model-len", "auto")
         if config.get("dtype", config.get("torch_dtype")) in (None, "float32"):
-            default("--dtype", "float32")
+            default("--dtype", "bfloat16" if is_packed(config) else "float32")
     elif "VLLM_USE_V2_MODEL_RUNNER" not in environ:
         # Our logits processor has both interfaces, but the newer one has not run on a GPU yet.
         environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
