@@ -6,11 +6,13 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -198,13 +200,10 @@ def test_regenerate_draws_anew_and_clear_forgets(page: Any) -> None:
     assert not page.get_by_role("button", name="Use as input").is_visible()
 
 
-def running_requests(server: Server) -> float:
+def metric(server: Server, name: str) -> float:
     lines = server.get("/metrics").splitlines()
-    return sum(
-        float(line.rsplit(" ", 1)[1])
-        for line in lines
-        if line.startswith("vllm:num_requests_running{")
-    )
+    found = (line for line in lines if line.startswith((name + "{", name + " ")))
+    return sum(float(line.rsplit(" ", 1)[1]) for line in found)
 
 
 def eventually(condition: Any, seconds: float) -> bool:
@@ -212,31 +211,57 @@ def eventually(condition: Any, seconds: float) -> bool:
     while time.monotonic() < limit:
         if condition():
             return True
-        time.sleep(0.1)
+        time.sleep(0.05)
     return False
 
 
-def begin_a_long_reply(page: Any, server: Server) -> None:
-    steps = Walk(page)
-    steps.choose("Text only")
-    steps.send("Tell me everything.")
-    assert eventually(lambda: running_requests(server) > 0, 20)
+@contextmanager
+def a_reply_that_waits(page: Any, server: Server) -> Iterator[None]:
+    """A question is at the server while the block runs, and its engine does not get on with it: the
+    toy model would have answered before a button can be pressed."""
+    processes = psutil.Process(server.pid).children(recursive=True)
+    engine = [process for process in processes if "VLLM::" in " ".join(process.cmdline())]
+    assert engine
+    for process in engine:
+        process.suspend()
+    try:
+        steps = Walk(page)
+        steps.choose("Text only")
+        steps.send("Tell me everything.")
+        assert eventually(lambda: metric(server, "unimodal:queue_depth") == 1, 20)
+        yield
+    finally:
+        for process in engine:
+            process.resume()
+
+
+def assert_nothing_was_written(server: Server, before: float) -> None:
+    assert eventually(lambda: metric(server, "unimodal:queue_depth") == 0, 2)
+    assert eventually(lambda: metric(server, "vllm:num_requests_running") == 0, 2)
+    time.sleep(0.5)  # a whole reply would take about so long
+    assert metric(server, WRITTEN) - before < 20
+
+
+WRITTEN = "vllm:generation_tokens_total"
 
 
 @served
 def test_stop_takes_the_request_from_the_server(page: Any, server: Server) -> None:
-    begin_a_long_reply(page, server)
-    page.get_by_role("button", name="Stop").click()
-    assert eventually(lambda: running_requests(server) == 0, 2)
-    page.locator("#chat").get_by_text("Stopped.").wait_for()
+    before = metric(server, WRITTEN)
+    with a_reply_that_waits(page, server):
+        page.get_by_role("button", name="Stop").click()
+        page.locator("#chat").get_by_text("Stopped.").wait_for()
+    assert_nothing_was_written(server, before)
     Walk(page).rest()
 
 
 @served
 def test_a_closed_tab_takes_its_request_along(page: Any, server: Server) -> None:
-    begin_a_long_reply(page, server)
-    page.close()
-    assert eventually(lambda: running_requests(server) == 0, 10)
+    before = metric(server, WRITTEN)
+    with a_reply_that_waits(page, server):
+        page.close()
+        assert eventually(lambda: metric(server, "unimodal:queue_depth") == 0, 10)
+    assert_nothing_was_written(server, before)
 
 
 @served
