@@ -1,12 +1,64 @@
-"""Small pieces of requests and answers for the tests of the server."""
+"""Small pieces of requests and answers for the tests of the server, and hands on its engine.
+
+A toy model answers in milliseconds. Where a test needs a request in the middle of its way, it puts
+the engine to sleep or slows it down; waiting for the right moment would be a race.
+"""
 
 import base64
 import io
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import psutil
 from PIL import Image
 
+from unimodal.serving.check import Server
 from unimodal.serving.openai_shapes import data_uri
+
+
+def engine_processes(server: Server) -> list[psutil.Process]:
+    """The processes of vLLM's engine: its core and its workers."""
+    family = psutil.Process(server.pid).children(recursive=True)
+    engine = [one for one in family if one.status() != "zombie" and "VLLM::" in one.cmdline()[0]]
+    assert engine, family
+    return engine
+
+
+@contextmanager
+def engine_asleep(server: Server) -> Iterator[None]:
+    """Requests reach the server while the block runs, and its engine does not get on with them."""
+    processes = engine_processes(server)
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            if process.is_running():
+                process.resume()
+
+
+@contextmanager
+def engine_slowed(server: Server, awake: float = 0.005, asleep: float = 0.06) -> Iterator[None]:
+    """The engine works for ``awake`` seconds and then sleeps for ``asleep``, in turn."""
+    over = threading.Event()
+
+    def doze() -> None:
+        while not over.is_set():
+            with engine_asleep(server):
+                time.sleep(asleep)
+            over.wait(awake)
+
+    thread = threading.Thread(target=doze)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def picture(index: int = 0) -> Image.Image:

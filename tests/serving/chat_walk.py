@@ -191,6 +191,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="default: a scene of the embedded world")
     parser.add_argument("--prompt", default="a red star above a blue ring")
     arguments = parser.parse_args()
+    from tests.serving.asking import engine_slowed
     from unimodal.processing_unimodal import UnimodalProcessor
     from unimodal.serving.check import running_server
 
@@ -208,13 +209,14 @@ def main() -> None:
                 page.wait_for_timeout(0 if name == "preview" else 400)  # what moves comes to rest
                 page.screenshot(path=arguments.out / f"chat_page_{name}.png")
 
-            walk(
-                page,
-                picture,
-                processor.draw_instruction.replace("{prompt}", arguments.prompt),
-                processor.caption_instruction,
-                shoot=shoot,
-            )
+            with engine_slowed(server):  # or a small model's previews are gone at once
+                walk(
+                    page,
+                    picture,
+                    processor.draw_instruction.replace("{prompt}", arguments.prompt),
+                    processor.caption_instruction,
+                    shoot=shoot,
+                )
             page.set_viewport_size(PHONE)
             shoot("phone")
     print(*sorted(arguments.out.glob("chat_page_*.png")), sep="\n")

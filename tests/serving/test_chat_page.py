@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import psutil
 import pytest
 from PIL import Image
 
+from tests.serving.asking import engine_asleep, engine_slowed
 from tests.serving.chat_walk import (
     CHROMIUM,
     COUNT_PREVIEWS,
@@ -149,11 +149,12 @@ def picture(tmp_path: Path) -> Path:
 
 @served
 def test_upload_caption_ask_draw_preview_image_follow_up(
-    page: Any, address: str, picture: Path
+    page: Any, address: str, server: Server, picture: Path
 ) -> None:
     assert "draws 16 × 16 pixels" in page.locator("#status").inner_text()
     assert page.get_by_label("number input for Budget").input_value() == "48"
-    said = walk(page, picture, "Draw: a red star", "Describe the picture.", most_tokens=MOST_TOKENS)
+    with engine_slowed(server):  # previews are gone before the page can show them otherwise
+        said = walk(page, picture, "Draw: a red star", "Describe the picture.", MOST_TOKENS)
     assert said["caption"]
     assert said["answer"]
     assert said["follow_up"]
@@ -172,7 +173,7 @@ def test_upload_caption_ask_draw_preview_image_follow_up(
 
 
 @served
-def test_regenerate_draws_anew_and_clear_forgets(page: Any) -> None:
+def test_regenerate_draws_anew_and_clear_forgets(page: Any, server: Server) -> None:
     steps = Walk(page)
     steps.limit(MOST_TOKENS)
     steps.choose("Draw")
@@ -191,9 +192,10 @@ def test_regenerate_draws_anew_and_clear_forgets(page: Any) -> None:
     # The seed that is shown says the same again.
     page.evaluate(COUNT_PREVIEWS)
     page.get_by_label("A new seed each time").uncheck()
-    page.get_by_role("button", name="Regenerate").click()
-    page.wait_for_function("previews > 0")
-    steps.rest()
+    with engine_slowed(server):
+        page.get_by_role("button", name="Regenerate").click()
+        page.wait_for_function("previews > 0")
+        steps.rest()
     assert replies.inner_html() == second
     page.get_by_role("button", name="Clear").click()
     steps.drawn().wait_for(state="detached")
@@ -219,20 +221,12 @@ def eventually(condition: Any, seconds: float) -> bool:
 def a_reply_that_waits(page: Any, server: Server) -> Iterator[None]:
     """A question is at the server while the block runs, and its engine does not get on with it: the
     toy model would have answered before a button can be pressed."""
-    processes = psutil.Process(server.pid).children(recursive=True)
-    engine = [process for process in processes if "VLLM::" in " ".join(process.cmdline())]
-    assert engine
-    for process in engine:
-        process.suspend()
-    try:
+    with engine_asleep(server):
         steps = Walk(page)
         steps.choose("Text only")
         steps.send("Tell me everything.")
         assert eventually(lambda: metric(server, "unimodal:queue_depth") == 1, 20)
         yield
-    finally:
-        for process in engine:
-            process.resume()
 
 
 def assert_nothing_was_written(server: Server, before: float) -> None:

@@ -23,7 +23,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.serving.asking import image_part, picture, user
+from tests.serving.asking import engine_asleep, image_part, picture, user
 from unimodal.pipeline import Unimodal
 from unimodal.serving.check import Server, running_server
 
@@ -470,17 +470,16 @@ def test_on_sigterm_those_at_work_finish_and_nobody_comes_in(
     draw = {"prompt": "a ring", "n": 3, "guidance_scale": 2}
     family = psutil.Process(server.pid).children(recursive=True)
     with ThreadPoolExecutor(12) as pool:
-        texts = [pool.submit(ask, server, CHAT, body) for _ in range(6)]
-        drawings = [pool.submit(ask, server, IMAGES, draw) for _ in range(3)]
-        while metric(server, "unimodal:queue_depth") < 5:
-            assert not all(asked.done() for asked in texts)
-            time.sleep(0.01)
-        os.kill(server.pid, signal.SIGTERM)
-        time.sleep(0.1)
-        status, answer, headers = ask(server, IMAGES, draw)
-        assert status == 503 and is_error(answer, 503, "shutting down")
-        assert int(headers["retry-after"]) >= 1
-        assert ask(server, "/health")[0] == 503
+        with engine_asleep(server):
+            texts = [pool.submit(ask, server, CHAT, body) for _ in range(6)]
+            drawings = [pool.submit(ask, server, IMAGES, draw) for _ in range(3)]
+            seconds_until(server, "unimodal:queue_depth", 9)
+            os.kill(server.pid, signal.SIGTERM)
+            time.sleep(0.1)
+            status, answer, headers = ask(server, IMAGES, draw)
+            assert status == 503 and is_error(answer, 503, "shutting down")
+            assert int(headers["retry-after"]) >= 1
+            assert ask(server, "/health")[0] == 503
         for answered in texts:
             status, answer, _ = answered.result()
             assert status == 200 and len(answer["choices"]) == 8
@@ -509,11 +508,11 @@ def test_when_the_engine_dies_requests_are_told_and_the_server_ends(doomed: Serv
             answers.append((0, error, {}))
 
     threads = [threading.Thread(target=draw) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    while metric(doomed, "vllm:num_requests_running") == 0:
-        time.sleep(0.01)
-    engine.kill()
+    with engine_asleep(doomed):
+        for thread in threads:
+            thread.start()
+        seconds_until(doomed, "unimodal:queue_depth", 4)
+        engine.kill()
     for thread in threads:
         thread.join(30)
     told = [answer for status, answer, _ in answers if status == 503]
