@@ -22,7 +22,9 @@ from unimodal.serving.openai_shapes import data_uri
 def engine_processes(server: Server) -> list[psutil.Process]:
     """The processes of vLLM's engine: its core and its workers."""
     family = psutil.Process(server.pid).children(recursive=True)
-    engine = [one for one in family if one.status() != "zombie" and "VLLM::" in one.cmdline()[0]]
+    names = ("VLLM::EngineCore", "VLLM::Worker")
+    titles = [(one, " ".join(one.cmdline())) for one in family if one.status() != "zombie"]
+    engine = [one for one, title in titles if title.startswith(names)]
     assert engine, family
     return engine
 

@@ -119,6 +119,15 @@ class Walk:
         """Wait until the reply is over."""
         self.page.get_by_role("button", name="Submit").wait_for()
 
+    def sees_a_preview(self) -> bool:
+        """Wait until a preview is shown, or the reply is over without one."""
+        self.page.get_by_role("button", name="Stop").wait_for()
+        while not self.page.evaluate("previews"):
+            if self.page.get_by_role("button", name="Submit").is_visible():
+                return False
+            self.page.wait_for_timeout(10)
+        return True
+
     def ask(self, text: str) -> str:
         """Send a message and return the text of the reply."""
         before = self.replies.count()
@@ -167,7 +176,9 @@ def walk(
     steps.choose("Draw")
     page.evaluate(COUNT_PREVIEWS)
     steps.send(prompt)
-    page.wait_for_function("previews > 0")
+    while not steps.sees_a_preview():  # a nested picture of a random model may end before one
+        steps.rest()
+        page.get_by_role("button", name="Regenerate").click()
     shoot("preview")
     steps.drawn().wait_for()
     steps.rest()

@@ -18,7 +18,6 @@ from PIL import Image
 from tests.serving.asking import engine_asleep, engine_slowed
 from tests.serving.chat_walk import (
     CHROMIUM,
-    COUNT_PREVIEWS,
     PHONE,
     Walk,
     browser_page,
@@ -190,11 +189,10 @@ def test_regenerate_draws_anew_and_clear_forgets(page: Any, server: Server) -> N
     # The words behind the picture; the pictures of a random tokenizer are all alike.
     assert second != first
     # The seed that is shown says the same again.
-    page.evaluate(COUNT_PREVIEWS)
     page.get_by_label("A new seed each time").uncheck()
     with engine_slowed(server):
         page.get_by_role("button", name="Regenerate").click()
-        page.wait_for_function("previews > 0")
+        page.get_by_role("button", name="Stop").wait_for()
         steps.rest()
     assert replies.inner_html() == second
     page.get_by_role("button", name="Clear").click()
