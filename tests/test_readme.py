@@ -26,7 +26,7 @@ def test_commands_and_options_exist(page: Path) -> None:
     fenced = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
     blocks = [body for language, body in fenced if language in ("", "sh")]
     for line in re.findall(r"^unimodal .*$", "\n".join(blocks), flags=re.MULTILINE):
-        words = shlex.split(line, comments=True)
+        words = shlex.split(line.rstrip("\\"), comments=True)
         for name in words[1].split("|"):
             assert name in commands, f"{page.name}: {line}"
         command = commands[words[1].split("|")[0]]

@@ -336,6 +336,8 @@ def test_ctrl_c_ends_with_one_line(folder, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background jobs ignore SIGINT, and would hand that down to what is tested here.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     process.stdin.write("/help\n")
     process.stdin.flush()
