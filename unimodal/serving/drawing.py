@@ -148,14 +148,13 @@ class _Previews:
 
     Args:
         grammar: of the image.
-        number: of previews; preview i (from 1) behind (2i - 1)/(2 number + 1) of the codes: evenly,
-            but the first comes early, since it is the one that somebody waits for.
+        number: of previews; the first after 1/(number + 1) of the codes.
     """
 
     def __init__(self, grammar: Any, number: int) -> None:
         self._group = len(grammar.vocabulary.ranges)
         most = grammar.max_codes
-        due = (-(-most * step // (2 * number + 1)) for step in range(1, 2 * number, 2))
+        due = (-(-most * step // (number + 1)) for step in range(1, number + 1))
         self._due = sorted({position for position in due if 0 < position < most})
         self._ids: list[int] = []
         self._news = asyncio.Event()
