@@ -19,6 +19,13 @@ from unimodal.serving.check import Server
 from unimodal.serving.openai_shapes import data_uri
 
 
+def metric(server: Server, name: str, **labels: str) -> float:
+    """The sum of a metric over the lines that have these labels."""
+    lines = (line for line in server.get("/metrics").splitlines() if line.startswith(name))
+    wanted = [f'{key}="{value}"' for key, value in labels.items()]
+    return sum(float(line.rpartition(" ")[2]) for line in lines if all(w in line for w in wanted))
+
+
 def engine_processes(server: Server) -> list[psutil.Process]:
     """The processes of vLLM's engine: its core and its workers."""
     family = psutil.Process(server.pid).children(recursive=True)

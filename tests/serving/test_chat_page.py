@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
-from tests.serving.asking import engine_asleep, engine_slowed
+from tests.serving.asking import engine_asleep, engine_slowed, metric
 from tests.serving.chat_walk import (
     CHROMIUM,
     PHONE,
@@ -198,12 +198,6 @@ def test_regenerate_draws_anew_and_clear_forgets(page: Any, server: Server) -> N
     page.get_by_role("button", name="Clear").click()
     steps.drawn().wait_for(state="detached")
     assert not page.get_by_role("button", name="Use as input").is_visible()
-
-
-def metric(server: Server, name: str) -> float:
-    lines = server.get("/metrics").splitlines()
-    found = (line for line in lines if line.startswith((name + "{", name + " ")))
-    return sum(float(line.rsplit(" ", 1)[1]) for line in found)
 
 
 def eventually(condition: Any, seconds: float) -> bool:

@@ -23,7 +23,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.serving.asking import engine_asleep, image_part, picture, user
+from tests.serving.asking import engine_asleep, image_part, metric, picture, user
 from unimodal.pipeline import Unimodal
 from unimodal.serving.check import Server, running_server
 
@@ -97,13 +97,6 @@ def ask(
         return status, json.loads(text), dict(got)
     except ValueError:
         return status, text, dict(got)
-
-
-def metric(server: Server, name: str, **labels: str) -> float:
-    """The sum of a metric over the lines that have these labels."""
-    lines = (line for line in server.get("/metrics").splitlines() if line.startswith(name))
-    wanted = [f'{key}="{value}"' for key, value in labels.items()]
-    return sum(float(line.rpartition(" ")[2]) for line in lines if all(w in line for w in wanted))
 
 
 def seconds_until(

@@ -105,6 +105,14 @@ def measure_guidance(
         "prompt_ids": statistics.median(map(len, rows)),
         "negative_prompt_ids": len(negative),
         "codes": processor.vocabulary.num_tokens,
+        **circumstances(model),
+        "batches": batches,
+    }
+
+
+def circumstances(model: Any) -> dict[str, Any]:
+    """What a timing was made with: the model's size and format, the machine, the versions."""
+    return {
         "num_parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
@@ -112,7 +120,6 @@ def measure_guidance(
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "batches": batches,
     }
 
 

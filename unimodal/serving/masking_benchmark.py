@@ -1,6 +1,5 @@
 """What our logits processor costs in a step of vLLM's engine, beside a step of the model itself."""
 
-import platform
 import statistics
 import time
 from collections.abc import Sequence
@@ -8,13 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import DynamicCache
 from vllm import SamplingParams
 
 from tokenizer_hf.errors import ConfigurationError
 from tokenizer_hf.vocabulary import ImageVocabulary
+from unimodal.generation.benchmark import circumstances
 from unimodal.serving.logits import CONDITIONAL, UNCONDITIONAL, ImageLogitsProcessor, Segment
 from unimodal.serving.vllm_private import BatchUpdate
 
@@ -92,13 +91,7 @@ def measure_masking(
         "context": prompt_ids,
         "vocabulary": vocabulary.vocab_size,
         "codes": [stop - first for first, stop in vocabulary.ranges],
-        "num_parameters": model.num_parameters(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
-        "threads": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **circumstances(model),
         "target": {"batch": 64, "ratio": TARGET},
         "batches": batches,
     }
