@@ -5,7 +5,7 @@ to 48 codes) and the vocabulary mode is ``base``, where no text can spell a code
 both.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from unimodal.serving.check import Server, running_server
 
 MOST = 48
 """Most codes in an image of the model."""
+
+LOG_LINES = 120
+"""How much of a server's log a failing test shows."""
 
 FLAGS = ["--max-num-seqs", "32", "--enable-prompt-tokens-details"]
 
@@ -46,3 +49,16 @@ def model(folder: Path) -> Unimodal:
 def client(server: Server) -> Any:
     openai = pytest.importorskip("openai", reason="openai's client is not installed")
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show the end of the server's log under a test that failed."""
+    report = yield
+    server = getattr(item, "funcargs", {}).get("server")
+    if report.failed and isinstance(server, Server) and server.log.is_file():
+        lines = server.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        report.sections.append((f"last lines of {server.log}", "\n".join(lines[-LOG_LINES:])))
+    return report

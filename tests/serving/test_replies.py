@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.serving.asking import image_part, picture, user
+from tests.serving.asking import engine_slowed, image_part, picture, user
 from tests.toy import nested_image_tokenizer, save_llm, scale_rows
 from unimodal.generation.sampling import SamplingSettings, default_stop_ids, generate
 from unimodal.merge import merge
@@ -405,21 +405,22 @@ def at_work(server: Server) -> float:
 def test_a_client_that_leaves_a_stream_ends_all_its_segments(
     client: Any, server: Server, many: str
 ) -> None:
-    stream = ask(
-        client,
-        many,
-        n=4,
-        stream=True,
-        max_tokens=350,
-        modalities=["image"],
-        image={"guidance_scale": 2.0, "partial_images": 3},
-        extra={"ignore_eos": True},
-    )
-    for chunk in stream:
-        if chunk.choices and chunk.choices[0].delta.content:
-            break  # an image is behind us, texts and images of four choices are at work
-    assert at_work(server) > 0
-    stream.close()
+    with engine_slowed(server):
+        stream = ask(
+            client,
+            many,
+            n=4,
+            stream=True,
+            max_tokens=350,
+            modalities=["image"],
+            image={"guidance_scale": 2.0, "partial_images": 3},
+            extra={"ignore_eos": True},
+        )
+        for chunk in stream:
+            if chunk.choices and chunk.choices[0].delta.content:
+                break  # an image is behind us, texts and images of four choices are at work
+        assert at_work(server) > 0
+        stream.close()
     left = time.monotonic()
     while at_work(server) > 0:
         assert time.monotonic() - left < 2
