@@ -31,11 +31,18 @@ RELATION_PHRASES = {
 }
 LIST_OPENINGS = ("", "", "", "a picture of ", "an image with ", "there is ")
 _NAMED_SHARE = 0.8
+_RELATED_SHARE = 0.5
+_RELATED_SHARE_OF_PROMPTS = 0.8
 
 Style = Literal["named", "brief"]
 
 
-def captions(scene: Scene, rng: random.Random, style: Style | None = None) -> str:
+def captions(
+    scene: Scene,
+    rng: random.Random,
+    style: Style | None = None,
+    related_share: float = _RELATED_SHARE,
+) -> str:
     """One true caption, for example "two small blue circles and a green ring on tan".
 
     Args:
@@ -44,16 +51,20 @@ def captions(scene: Scene, rng: random.Random, style: Style | None = None) -> st
         style: `named`: colour and shape of every object, sometimes size, background, a relation;
             `brief`: shapes only ("three stars", "a ring left of a heart"), sometimes background or
             relation. None: `named` four times out of five.
+        related_share: how often a relation is stated where one can be.
 
     Returns:
         3 to about 20 words; every object is mentioned, so a picture that holds another number of
         objects does not fit the caption.
     """
-    return caption_with_requirement(scene, rng, style)[0]
+    return caption_with_requirement(scene, rng, style, related_share)[0]
 
 
 def caption_with_requirement(
-    scene: Scene, rng: random.Random, style: Style | None = None
+    scene: Scene,
+    rng: random.Random,
+    style: Style | None = None,
+    related_share: float = _RELATED_SHARE,
 ) -> tuple[str, Requirement]:
     """As `captions`, together with what the caption demands; objects in order of mention."""
     if style is None:
@@ -64,7 +75,7 @@ def caption_with_requirement(
         ObjectRequirement(o.shape, o.colour if named else None, o.size if sized else None)
         for o in scene.objects
     ]
-    text, order, relations = _body(scene, wanted, rng)
+    text, order, relations = _body(scene, wanted, rng, related_share)
     background = scene.background if rng.random() < (0.45 if named else 0.2) else None
     if background is not None:
         text = _with_background(text, background, rng)
@@ -89,11 +100,11 @@ def list_objects(wanted: list[ObjectRequirement]) -> tuple[str, list[int]]:
 
 
 def _body(
-    scene: Scene, wanted: list[ObjectRequirement], rng: random.Random
+    scene: Scene, wanted: list[ObjectRequirement], rng: random.Random, related_share: float
 ) -> tuple[str, list[int], list[Relation]]:
     relations = stated_relations(scene.objects)
     distinct = len(set(wanted)) == len(wanted)
-    if relations and distinct and rng.random() < 0.5:
+    if relations and distinct and rng.random() < related_share:
         return _related(wanted, relations, rng)
     text, order = list_objects(wanted)
     if len(wanted) > 1 and rng.random() < 0.1:
@@ -273,12 +284,16 @@ TEXT_KINDS = (
     "caption",
     "question_about_caption",
 )
-_KIND_WEIGHTS = (6, 8, 3, 3, 1, 1)
+_KIND_WEIGHTS = (5, 10, 3, 3, 1, 1)
 
 
 def prompt_words(scene: Scene, rng: random.Random) -> str:
-    """Words to draw a scene from: as often a brief caption ("two stars") as a named one."""
-    return captions(scene, rng, "brief" if rng.random() < 0.5 else "named")
+    """Words to draw a scene from: as often a brief caption ("two stars") as a named one.
+
+    They state relations oftener than captions do: where things go is what a drawing has to plan.
+    """
+    style: Style = "brief" if rng.random() < 0.5 else "named"
+    return captions(scene, rng, style, _RELATED_SHARE_OF_PROMPTS)
 
 
 def world_text_messages(

@@ -82,8 +82,22 @@ RESULT: dict[str, Any] = {
     "guidance": {"concurrency": 64, "ratio": 0.47, "ratios": [0.47, 0.44, 0.49]},
     "text_cost": {
         "runs": [
-            {"modalities": None, "pairs": 90, "errors": 0, "cost": 0.021, "paired_cost": 0.018},
-            {"modalities": ["text"], "pairs": 90, "errors": 1, "cost": 0.01, "paired_cost": 0.01},
+            {
+                "modalities": None,
+                "pairs": 90,
+                "errors": 0,
+                "drawn": 3,
+                "cost": 0.021,
+                "paired_cost": 0.018,
+            },
+            {
+                "modalities": ["text"],
+                "pairs": 90,
+                "errors": 1,
+                "drawn": 0,
+                "cost": 0.01,
+                "paired_cost": 0.01,
+            },
         ]
     },
     "arrivals": {
@@ -180,7 +194,8 @@ def test_the_figures_of_some_requests() -> None:
 def test_two_servers_are_compared_pair_by_pair() -> None:
     bench = pytest.importorskip("unimodal.serving.bench")
     pairs = [(hit(0, 1.02 * slow, tokens=4), hit(0, slow, tokens=4)) for slow in (1, 2, 5, 9)]
-    found = bench.paired(pairs)
+    found = bench.paired([*pairs, (hit(0, 9, images=1), hit(0, 1))])
+    assert (found["pairs"], found["drawn"]) == (4, 1)
     assert found["cost"] == pytest.approx(0.02)
     assert found["paired_cost"] == pytest.approx(0.02)
     assert found["equal_lengths"]

@@ -420,10 +420,21 @@ def summary(hits: Sequence[Hit]) -> dict[str, Any]:
 
 
 def paired(pairs: Sequence[tuple[Hit, Hit]]) -> dict[str, Any]:
-    """Compare ours with the plain server's answer to the same request, pair by pair."""
-    good = [pair for pair in pairs if pair[0].error is None and pair[1].error is None]
+    """Compare ours with the plain server's answer to the same request, pair by pair.
+
+    Where our answer holds an image the model chose to draw, and the request is no text request.
+    """
+    good = [
+        pair
+        for pair in pairs
+        if pair[0].error is None and pair[1].error is None and not pair[0].images
+    ]
     errors = [hit.error for pair in pairs for hit in pair if hit.error is not None]
-    result: dict[str, Any] = {"pairs": len(good), "errors": len(errors)}
+    result: dict[str, Any] = {
+        "pairs": len(good),
+        "errors": len(errors),
+        "drawn": sum(bool(ours.images) for ours, _ in pairs),
+    }
     if errors:
         result["first_error"] = errors[0]
     if not good:
@@ -477,7 +488,8 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
 def _text_body(turn: int, index: int, modalities: list[str] | None) -> dict[str, Any]:
     words = random.Random(f"{turn} {index}").choices(WORDS.split(), k=12)
     body: dict[str, Any] = {
-        "messages": [{"role": "user", "content": " ".join(words)}],
+        # The demo's models answer these words with words; others draw or write as they like.
+        "messages": [{"role": "user", "content": f"draw in words {' '.join(words)}"}],
         "temperature": 0,
         "max_tokens": CAPTION_TOKENS,
         "ignore_eos": True,

@@ -53,6 +53,8 @@ def targets(result: Mapping[str, Any]) -> list[Target]:
             which = "" if run["modalities"] is None else f", modalities {run['modalities']}"
             note = f"{run['pairs']} pairs; median of the pairs' own ratios "
             note += f"{100 * run['paired_cost']:+.1f} %" if run["pairs"] else "-"
+            if run["drawn"]:
+                note += f"; {run['drawn']} more that the model answered with an image"
             value = 100 * run["cost"] if run["pairs"] and not run["errors"] else None
             name = f"plugin's cost on a text request's p50{which}"
             found.append(Target(name, value, 3.0, False, "%", note))

@@ -44,6 +44,7 @@ class Hit:
     tokens: int = 0
     """Ids that the server wrote, by its own ``usage``."""
     images: int = 0
+    """Whole pictures in the answer."""
     error: str | None = None
 
     @property
@@ -140,9 +141,16 @@ async def _send(session: Any, shot: Shot, payload: bytes, start: float) -> Hit:
         done=time.perf_counter() - start,
         preview=preview,
         tokens=usage.get("output_tokens", usage.get("completion_tokens", 0)),
-        images=len(answer.get("data", ())),
+        images=_images(answer),
         error=error,
     )
+
+
+def _images(answer: dict[str, Any]) -> int:
+    """How many pictures an answer holds, of the images routes or of a chat."""
+    messages = (choice["message"] for choice in answer.get("choices", ()))
+    in_chat = sum(len(message.get("images") or ()) for message in messages)
+    return len(answer.get("data", ())) + in_chat
 
 
 async def _events(response: Any) -> Any:
