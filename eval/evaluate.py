@@ -11,7 +11,7 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from eval.environment import environment
 from eval.reconstruction import agreements, psnr, score_reconstruction
+from eval.retrieval import score_by_both
 from eval.scores import (
     Score,
     caption_is_exact,
@@ -116,6 +117,7 @@ def evaluate(
     *,
     settings: EvaluationSettings | None = None,
     text_files: Sequence[str | Path] | None = None,
+    train_pictures: Iterable[Captioned] | None = None,
     device: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -125,11 +127,13 @@ def evaluate(
         model: a merged folder or hub id, or a loaded model.
         base_llm: the text LLM before the merge, for perplexity and KL.
         world: a folder that `unimodal shapes` wrote, of which the validation split is used; or
-            held-out pictures of any other kind, whose drawings and captions are shown without
-            exact verdicts.
+            held-out pictures of any other kind, for which retrieval stands in the place of the
+            parser's verdicts (eval/retrieval.py).
         out: the JSON file; `samples.json` is written beside it. Sections of an older report there
             that this run does not measure (`vllm`, `seconds` of other stages) are kept.
         text_files: JSONL of held-out text or text-only chats; default the world's.
+        train_pictures: what the model was trained on, beside held-out pictures without a world:
+            the classifier of the retrieval scores learns from them. None: no such classifier.
         device: see `Unimodal.from_pretrained`.
         progress: show progress bars.
 
@@ -139,6 +143,7 @@ def evaluate(
     Raises:
         CheckpointError, MismatchError: a folder that cannot be loaded, or does not fit.
         DataError: no world, no picture or no text there.
+        ConfigurationError: training pictures beside a world.
     """
     settings = settings or EvaluationSettings()
     out = Path(out)
@@ -146,6 +151,11 @@ def evaluate(
     level: Level | None = None
     described: Any = None
     if isinstance(world, str | Path):
+        if train_pictures is not None:
+            raise ConfigurationError(
+                f"training pictures came with the world {world}, whose drawings a parser judges; "
+                "leave them out"
+            )
         manifest = WorldManifest.load(world)
         level, described = manifest.level, {"folder": str(world), **asdict(manifest)}
         pictures = load_validation(world, settings.pictures)
@@ -167,7 +177,7 @@ def evaluate(
         "settings": asdict(settings),
         "reconstruction": _reconstruction(run, pictures),
         **_captions(run, pictures, level),
-        **_drawings(run, pictures, level),
+        **_drawings(run, pictures, level, train_pictures),
         **_dialogues(run, level),
     }
     if text_files:
@@ -330,12 +340,18 @@ def _answers(run: _Run, asked: Sequence[tuple[Captioned, str, str]]) -> Score:
     return score_answers(answers, expected)
 
 
-def _drawings(run: _Run, pictures: Sequence[Captioned], level: Level | None) -> dict[str, Any]:
+def _drawings(
+    run: _Run,
+    pictures: Sequence[Captioned],
+    level: Level | None,
+    train_pictures: Iterable[Captioned] | None,
+) -> dict[str, Any]:
     settings = run.settings
     if level is None:
-        texts = [p.captions[0] for p in pictures if p.captions][: settings.n]
-        _draw(run, "drawings", [Prompt(text, Requirement(()), "") for text in texts])
-        return {}
+        captioned = [p for p in pictures if p.captions]
+        texts = [p.captions[0] for p in captioned[: settings.n]]
+        drawn, _ = _draw(run, "drawings", [Prompt(text, Requirement(()), "") for text in texts])
+        return _retrieval(run, captioned, drawn, train_pictures)
     sections: dict[str, Any] = {}
     for held_out in (False, True):
         name = "drawings_held_out" if held_out else "drawings"
@@ -346,7 +362,7 @@ def _drawings(run: _Run, pictures: Sequence[Captioned], level: Level | None) -> 
                 category, settings.n, settings.seed, level=level, held_out=held_out
             )
         ]
-        verdicts = _draw(run, name, plan)
+        _, verdicts = _draw(run, name, plan)
         sections["draw_held_out" if held_out else "draw"] = {
             category: share(
                 [v for v, p in zip(verdicts, plan, strict=True) if p.category == category]
@@ -433,7 +449,8 @@ def _note(ids: list[list[int]], first: int, row: int, token_id: int) -> None:
     ids[first + row].append(token_id)
 
 
-def _draw(run: _Run, name: str, plan: Sequence[Prompt]) -> list[bool]:
+def _draw(run: _Run, name: str, plan: Sequence[Prompt]) -> tuple[list[Image.Image], list[bool]]:
+    """The drawings and the parser's verdicts."""
     settings, model = run.settings, run.model
     drawn: list[Image.Image] = []
     ids: list[list[int]] = [[] for _ in plan]
@@ -470,7 +487,25 @@ def _draw(run: _Run, name: str, plan: Sequence[Prompt]) -> list[bool]:
     run.samples[name] = [
         row for kind in kinds for row in _some([r for r in rows if r["category"] == kind])
     ]
-    return verdicts
+    return drawn, verdicts
+
+
+def _retrieval(
+    run: _Run,
+    captioned: Sequence[Captioned],
+    drawn: Sequence[Image.Image],
+    train_pictures: Iterable[Captioned] | None,
+) -> dict[str, Any]:
+    with run.stage("retrieval", len(captioned)) as advance:
+        scores = score_by_both(
+            run.model,
+            [(p.image, p.captions) for p in captioned],
+            drawn,
+            None if train_pictures is None else ((p.image, p.captions) for p in train_pictures),
+            run.settings.seed,
+        )
+        advance(len(captioned))
+    return {"retrieval": scores} if scores else {}
 
 
 def _text(run: _Run, base_llm: str | Path, text_files: Sequence[str | Path]) -> dict[str, Score]:

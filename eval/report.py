@@ -21,6 +21,20 @@ _CAPTIONS = {
     "relation": "relations",
     "count": "number of objects",
 }
+_JUDGES = {
+    "own_likelihood": "by the model's own likelihood",
+    "classifier": "by a small classifier trained on the real training pictures",
+}
+_PARSER = (
+    "Drawings are judged from their pixels by a parser, strictly: the number of objects, every "
+    "stated attribute, relation and background. Held-out pairs are shape–colour pairs that no "
+    "training picture and no training text shows."
+)
+_NO_PARSER = (
+    "No parser reads these drawings. Retrieval tells whether the caption that a drawing was made "
+    "from fits it better than captions of other held-out pictures, by judges that do not know what "
+    "people see."
+)
 Table = tuple[str, list[str], list[list[Any]]]
 
 
@@ -112,6 +126,8 @@ def _tables(report: Mapping[str, Any]) -> list[Table]:
             rows.append(["in dialogues: drawn as asked", percent(talks["drawing"]), "–"])
             rows.append(["in dialogues: answers", percent(talks["answers"]), "–"])
         tables.append(("Captions", ["", "trained pairs", "held-out pairs"], rows))
+    if retrieval := report.get("retrieval"):
+        tables.append(_retrieval_table(retrieval))
     if found := report.get("reconstruction"):
         rows = [["PSNR", number(found.get("psnr"), 2, " dB")]]
         if "parse_agreement" in found:
@@ -127,6 +143,31 @@ def _tables(report: Mapping[str, Any]) -> list[Table]:
         ]
         tables.append(("Text", ["", ""], rows))
     return [*tables, *_running_tables(report)]
+
+
+def _retrieval_table(retrieval: Mapping[str, Any]) -> Table:
+    number_of = retrieval["candidates"]["score"]
+    head = [f"which of {number_of} captions fits", "drawings", "held-out pictures (the ceiling)"]
+    rows: list[list[Any]] = []
+    for judge, name in _JUDGES.items():
+        found = retrieval.get(judge)
+        for key, label, told in (
+            ("first", "true one first", percent),
+            ("reciprocal_rank", "mean reciprocal rank", number),
+        ):
+            cells = [
+                told(found[shown][key]) if found else "–" for shown in ("drawings", "pictures")
+            ]
+            rows.append([f"{name}: {label}", *cells])
+    if found := retrieval.get("classifier"):
+        rows.append(
+            ["true captions with a word that the classifier knows", "", percent(found["known"])]
+        )
+    chance = f"{100 / number_of:.1f} %"
+    rank = f"{sum(1 / i for i in range(1, number_of + 1)) / number_of:.2f}"
+    rows.append(["chance: true one first", chance, chance])
+    rows.append(["chance: mean reciprocal rank", rank, rank])
+    return "Retrieval", head, rows
 
 
 def _running_tables(report: Mapping[str, Any]) -> list[Table]:
@@ -160,9 +201,8 @@ def _introduction(report: Mapping[str, Any]) -> list[str]:
         lines.append(f"Settings: {told}.")
     lines.append(
         "Shares are in per cent with Wilson's 95 % interval, other figures with a bootstrap "
-        "interval; n counts what was measured. Drawings are judged from their pixels by a parser, "
-        "strictly: the number of objects, every stated attribute, relation and background. "
-        "Held-out pairs are shape–colour pairs that no training picture and no training text shows."
+        "interval; n counts what was measured. "
+        + (_NO_PARSER if "retrieval" in report else _PARSER)
     )
     return lines
 

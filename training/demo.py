@@ -332,7 +332,8 @@ class _Walk:
         held_out = p("world")
         if self.recipe.shapes is None:
             texts = " ".join(f"--text {file}" for file in self.text("validation"))
-            held_out = f"{self.pictures['validation']} {texts}"
+            train = f"--train-pictures {self.pictures['train']}"
+            held_out = f"{self.pictures['validation']} {train} {texts}"
         command = (
             f"unimodal evaluate --model {p('model')} --base-llm {self.llm} "
             f"--world {held_out} --out {p('report.json')} "
@@ -468,8 +469,10 @@ class _Walk:
 
         settings = EvaluationSettings(**{"seed": self.seed, **self.recipe.evaluate})
         held_out: Any = self.path("world")
+        train: Any = None
         if self.recipe.shapes is None:
             held_out = list(_captioned(open_source(self.pictures["validation"])))
+            train = _captioned(open_source(self.pictures["train"]))
         evaluate(
             self.path("model"),
             self.llm,
@@ -477,6 +480,7 @@ class _Walk:
             self.path("report.json"),
             settings=settings,
             text_files=self.text("validation"),
+            train_pictures=train,
         )
 
     def vllm(self) -> None:

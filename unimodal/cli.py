@@ -7,6 +7,7 @@ traceback), Ctrl-C in exit code 130.
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -968,6 +969,13 @@ def evaluate(
         list[str] | None,
         typer.Option(help="JSONL of held-out text (default: the world's); may come several times."),
     ] = None,
+    train_pictures: Annotated[
+        str | None,
+        typer.Option(
+            help="The captioned training pictures, where the held-out ones are no world: a small "
+            "classifier learns from them which caption fits a drawing."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the prompts and the drawings.")] = 0,
     guidance: Annotated[
         float | None, typer.Option(help="Of the drawings; 1 is off. Default: the model's own.")
@@ -983,15 +991,20 @@ def evaluate(
     """Measure a model: reconstruction, drawing by category, captions, answers, text, spans.
 
     Every score comes with the number of things it was measured on and a 95 % interval. Drawings are
-    judged from their pixels by an exact parser. docs/report_schema.md describes the JSON;
-    `unimodal report` makes a page of it.
+    judged from their pixels by an exact parser where they come from a world, else by which of 20
+    captions fits them best. docs/report_schema.md describes the JSON; `unimodal report` makes a
+    page of it.
 
     **Example:** `unimodal evaluate --model runs/demo/model --base-llm runs/demo/text_model
     --world runs/demo/world --out runs/demo/report.json`
     """
+    from itertools import islice
+
     from eval.evaluate import Captioned, EvaluationSettings
     from eval.evaluate import evaluate as run
+    from eval.report import percent
     from eval.shapes.world import MANIFEST
+    from training.data.sources import Source, open_source
 
     settings = EvaluationSettings(
         n=n,
@@ -1002,20 +1015,34 @@ def evaluate(
         temperature=temperature,
         top_k=top_k,
     )
+
+    def captioned(source: Source) -> Iterator[Captioned]:
+        for row in source:
+            if row.image is not None:
+                yield Captioned(row.image, row.captions, row.questions)
+
     held_out: str | list[Captioned] = world
     if not (Path(world) / MANIFEST).exists():
-        from itertools import islice
-
-        from training.data.sources import open_source
-
-        held_out = [
-            Captioned(row.image, row.captions, row.questions)
-            for row in islice(open_source(world, split="validation"), settings.pictures)
-            if row.image is not None
-        ]
-    report = run(model, base_llm, held_out, out, settings=settings, text_files=text, device=device)
+        source = open_source(world, split="validation")
+        held_out = list(islice(captioned(source), settings.pictures))
+    train = None if train_pictures is None else captioned(open_source(train_pictures))
+    report = run(
+        model,
+        base_llm,
+        held_out,
+        out,
+        settings=settings,
+        text_files=text,
+        train_pictures=train,
+        device=device,
+    )
     for name, score in report.get("draw", {}).items():
         typer.echo(f"draw {name:<9} {100 * (score['score'] or 0):5.1f} %  n = {score['n']}")
+    for judge, found in report.get("retrieval", {}).items():
+        for shown in ("drawings", "pictures"):
+            if shown in found:
+                first = percent(found[shown]["first"])
+                typer.echo(f"retrieval by {judge}, {shown}: the true caption first {first}")
     typer.echo(f"written: {out}")
 
 

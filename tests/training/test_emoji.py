@@ -248,7 +248,9 @@ def test_every_block_of_the_recipe_is_one_of_its_command() -> None:
     EvaluationSettings(**recipe.evaluate)
 
 
-def test_the_walk_in_miniature(folder: Path, tmp_path: Path) -> None:
+def test_the_walk_in_miniature(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Every stage over an imagefolder: no world, no parser."""
     recipe = build_recipe(
         DemoRecipe,
@@ -266,6 +268,10 @@ def test_the_walk_in_miniature(folder: Path, tmp_path: Path) -> None:
     assert report["world"] is None and "draw" not in report
     assert report["caption"]["exact"]["n"] == 2 and report["reconstruction"]["psnr"]["n"] == 2
     assert report["spans"] == {"generated": 2, "malformed": 0}
+    assert report["retrieval"]["candidates"]["score"] == 2
+    assert report["retrieval"]["own_likelihood"]["drawings"]["first"]["n"] == 2
+    # The training pictures came, though these few share no words.
+    assert "no word comes in the captions of 5 of" in caplog.text
     sheet = Image.open(write_sheet(out, tmp_path / "sheet.png"))
     assert sheet.width > 1000 and sheet.height > 500
     assert "<img" in (out / "report.html").read_text()
