@@ -733,7 +733,7 @@ def language_model_estimate(recipe: Any) -> Estimate:
     processor = UnimodalProcessor.from_pretrained(folder, load_image_tokenizer=False)
     data = recipe.data
     examples = Examples(processor, data.caches, data.text, data.max_length)
-    seen = examples.codes_seen()
+    shares = examples.code_shares()
     with without_data():
         model: Any = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(folder),
@@ -745,7 +745,7 @@ def language_model_estimate(recipe: Any) -> Estimate:
     with fake(model):
         if recipe.mode != "full" and recipe.lora.rows == "factored":
             config = ImageTokenizerConfig.from_pretrained(folder / "image_tokenizer")
-            share_rows(model, config.code_factors(), seen)
+            share_rows(model, config.code_factors(), shares)
         if recipe.mode == "lora" and recipe.lora.fold:
             fold_lora(model)
         is_row = table_names(model) if recipe.mode == "full" else is_adapter_row

@@ -2,13 +2,15 @@
 
 A code of FSQ or of a product quantizer is a combination of factors: a mask, a colour, a ground.
 Trained freely, the row of a combination that training never shows learns nothing but that it
-never comes. Here the row of a code is what it started as, plus a deviation of its own, plus the sum
-of its factors' rows; a code that the training data do not hold gets no deviation of its own. So
+never comes. Here the row of a code is what it started as, plus the sum of its factors' rows. So
 whatever is learnt of "red" and of "star" holds for a red star too.
 
-Sums alone cannot say that either a red star or a blue ring may come and a blue star may not; the
-codes' own deviations can (docs/learning.md has both measured). What is saved is an ordinary PEFT
-adapter: everything is folded into the codes' rows.
+A sum makes the factors independent given the model's state. So where either the empty background
+or a red star may come, it would mix the two. What fills much of all pictures, such as the
+background, has a deviation of its own, which mends that and teaches nothing of rare combinations.
+(docs/learning.md has it measured: no deviations, all, and these.)
+
+What is saved is an ordinary PEFT adapter: everything is folded into the codes' rows.
 """
 
 from collections.abc import Iterator
@@ -25,27 +27,30 @@ from torch import Tensor, nn
 
 FACTOR_ROWS = "factor_rows"
 """Name of the parameter, (number of factors' values, D), that holds the shared rows."""
+OWN_ROW_SHARE = 0.01
+"""A code that fills more than this share of the training pictures has a deviation of its own."""
 STATE_FILE = "factored_rows.safetensors"
 """Beside a checkpoint's adapter: the parts that are folded there, apart."""
 
 
-def share_rows(model: nn.Module, factors: np.ndarray, seen: np.ndarray) -> None:
+def share_rows(model: nn.Module, factors: np.ndarray, shares: np.ndarray) -> None:
     """Let the rows of an adapter share their factors' rows, in place.
 
     Args:
         model: a PEFT model that trains the rows of start, end and all codes, in this order.
         factors: int64 (K, number of factors): which shared rows each code sums up.
-        seen: bool (K,): the codes that training shows. The others' own rows stay as they are.
+        shares: float (K,): how much of the training pictures each code fills, in [0, 1].
     """
     columns = torch.from_numpy(factors)
-    mask = torch.cat([torch.ones(2), torch.from_numpy(seen).float()]).unsqueeze(1)
+    has_own = torch.from_numpy(shares > OWN_ROW_SHARE)
+    mask = torch.cat([torch.ones(2), has_own.float()]).unsqueeze(1)
     for layer in _layers(model):
         owner = layer.tied_adapter or layer
         if owner is layer:
             for own in layer.trainable_tokens_delta.values():
                 shared = own.new_zeros(int(factors.max()) + 1, own.shape[1])
                 layer.register_parameter(FACTOR_ROWS, nn.Parameter(shared))
-                own.register_hook(partial(_only_seen, mask.to(own.device)))
+                own.register_hook(partial(_only_own, mask.to(own.device)))
         layer.get_merged_weights = partial(_merged_weights, layer, owner, columns)
 
 
@@ -108,7 +113,7 @@ def _sums(shared: Tensor, columns: Tensor) -> Tensor:
     return nn.functional.pad(codes, (0, 0, 2, 0))
 
 
-def _only_seen(mask: Tensor, gradient: Tensor) -> Tensor:
+def _only_own(mask: Tensor, gradient: Tensor) -> Tensor:
     return gradient * mask
 
 

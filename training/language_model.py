@@ -64,7 +64,7 @@ def train(recipe: LanguageModelRecipe, *, resume: bool = True) -> Path:
         model = add_adapter(model, processor.vocabulary, recipe.lora)
         if recipe.lora.rows == "factored":
             config = ImageTokenizerConfig.from_pretrained(folder / "image_tokenizer")
-            share_rows(model, config.code_factors(), examples.codes_seen())
+            share_rows(model, config.code_factors(), examples.code_shares())
         is_row = is_adapter_row
         if recipe.lora.fold:
             logger.info("folded %d LoRA layers", fold_lora(model))

@@ -72,8 +72,8 @@ class LoraRecipe:
     rows: Literal["free", "factored", "none"] = "free"
     """How the rows of the image words are trained. "free": every code has a row of its own.
     "factored": codes that share a factor (an FSQ level, a part of a product code) share a trained
-    row for it too, so that combinations compose; see `training.factored_rows`. "none": not at all,
-    for one of several adapters on a model whose rows are trained already; vLLM then swaps them per
+    row for it, so that combinations compose; see `training.factored_rows`. "none": not at all, for
+    one of several adapters on a model whose rows are trained already; vLLM then swaps them per
     request (it cannot swap rows)."""
     fold: bool | None = None
     """Compute W + B·A once a step instead of a second path through every layer: the same function

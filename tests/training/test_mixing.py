@@ -137,6 +137,15 @@ def test_directions_are_the_processors_conversations(examples: Examples) -> None
     assert picked[4] == [*drawn, user("What colour is it?"), answer]
 
 
+def test_the_shares_of_codes_are_those_of_the_caches(examples: Examples) -> None:
+    shares = examples.code_shares()
+    values = examples.caches[0].code_values.tolist()
+    assert shares.shape == (examples.processor.vocabulary.codebook_size,)
+    assert shares.sum() == pytest.approx(1)
+    for code in (values[0], values[-1]):
+        assert shares[code] == pytest.approx(values.count(code) / len(values))
+
+
 def test_pictures_are_drawn_from_their_prompts_where_they_have_some(
     merged: Path, tmp_path: Path
 ) -> None:

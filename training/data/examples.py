@@ -146,14 +146,19 @@ class Examples:
                 turns.append({"role": "assistant", "content": reply})
         return turns
 
-    def codes_seen(self) -> np.ndarray:
-        """Tell which codes some cached picture holds: bool (codes of all codebooks,)."""
+    def code_shares(self) -> np.ndarray:
+        """Tell how much of the cached pictures each code fills.
+
+        Returns:
+            float64 (codes of all codebooks,): its share of the codes of its codebook.
+        """
         vocabulary = self.processor.vocabulary
-        seen = np.zeros((vocabulary.num_codebooks, vocabulary.codebook_size), dtype=bool)
+        books, size = vocabulary.num_codebooks, vocabulary.codebook_size
+        counts = np.zeros((books, size))
         for cache in self.caches:
-            for book, one in enumerate(seen):
-                one[cache.code_values[book :: len(seen)]] = True
-        return seen.reshape(-1)
+            for book, one in enumerate(counts):
+                one += np.bincount(cache.code_values[book::books], minlength=size)
+        return (counts / np.maximum(1, counts.sum(1, keepdims=True))).reshape(-1)
 
     def mean_loss_tokens(self, samples: int = 256) -> dict[str, float]:
         """Return the mean number of loss tokens of each direction, from evenly spread items.
