@@ -104,7 +104,7 @@ class Drawing:
 
         Args:
             prompt, negative, settings, request: as :meth:`ImageSegments.draw`.
-            num_previews: how many, evenly over the codes. A preview that is not shown before the
+            num_previews: how many, over the codes as `_Previews` says. A preview that is not shown before the
                 next one is due is left out.
 
         Yields:
@@ -148,13 +148,14 @@ class _Previews:
 
     Args:
         grammar: of the image.
-        number: of previews; the first after 1/(number + 1) of the codes.
+        number: of previews; preview i (from 1) behind (2i - 1)/(2 number + 1) of the codes: evenly,
+            but the first comes early, since it is the one that somebody waits for.
     """
 
     def __init__(self, grammar: Any, number: int) -> None:
         self._group = len(grammar.vocabulary.ranges)
         most = grammar.max_codes
-        due = (-(-most * step // (number + 1)) for step in range(1, number + 1))
+        due = (-(-most * step // (2 * number + 1)) for step in range(1, 2 * number, 2))
         self._due = sorted({position for position in due if 0 < position < most})
         self._ids: list[int] = []
         self._news = asyncio.Event()

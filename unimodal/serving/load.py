@@ -54,7 +54,10 @@ class Hit:
 
 
 def fire(
-    shots: Sequence[Shot], concurrency: int | None = None, cores: Sequence[int] = ()
+    shots: Sequence[Shot],
+    concurrency: int | None = None,
+    cores: Sequence[int] = (),
+    niceness: int = 5,
 ) -> list[Hit]:
     """Send requests from another process and return what became of each, in order.
 
@@ -62,6 +65,8 @@ def fire(
         shots: what to send. With ``at``, each at its time (an open loop).
         concurrency: requests under way at a time where ``at`` is None (a closed loop).
         cores: the processor cores that the process may use; all if empty.
+        niceness: of the process; above 0 it gives way to the server, and so may learn late of what
+            came in the middle of an answer.
 
     Raises:
         ServingError: the process failed. A request that failed is a Hit with ``error``.
@@ -69,6 +74,7 @@ def fire(
     plan = {
         "concurrency": concurrency,
         "cores": list(cores),
+        "niceness": niceness,
         "shots": [asdict(shot) for shot in shots],
     }
     with TemporaryDirectory(prefix="unimodal-load-") as folder:
@@ -170,7 +176,7 @@ def main(plan_file: str, result_file: str) -> None:
     plan = json.loads(Path(plan_file).read_text(encoding="utf-8"))
     if plan["cores"] and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, plan["cores"])
-    os.nice(5)
+    os.nice(plan["niceness"])
     hits = asyncio.run(run_plan(plan))
     Path(result_file).write_text(json.dumps([asdict(hit) for hit in hits]), encoding="utf-8")
 

@@ -50,7 +50,7 @@ class ImageOptions(BaseModel):
     budget: int | None = Field(default=None, ge=1)
     """Most codes in an image, where the image tokenizer is nested."""
     partial_images: int = Field(default=0, ge=0, le=MAX_PREVIEWS)
-    """Previews of each image while it is drawn, evenly over its codes; for streams. Fewer come
+    """Previews of each image while it is drawn, spread over its codes; for streams. Fewer come
     where drawing is faster than showing."""
 
 
