@@ -104,8 +104,8 @@ class Drawing:
 
         Args:
             prompt, negative, settings, request: as :meth:`ImageSegments.draw`.
-            num_previews: how many, over the codes as `_Previews` says. A preview that is not shown before the
-                next one is due is left out.
+            num_previews: how many, spread over the codes as `_Previews` says. One that is not shown
+                before the next is due is left out.
 
         Yields:
             Previews, then the image.
