@@ -45,6 +45,7 @@ from tokenizer_hf.errors import CheckpointError, ConfigurationError, DataError
 from tokenizer_hf.files import atomic_write
 from unimodal.generation.grammar import ImageSpanGrammar
 from unimodal.pipeline import Unimodal
+from unimodal.shipped import resolve
 
 SCHEMA_VERSION = 1
 SAMPLES = "samples.json"
@@ -532,7 +533,7 @@ def _text(run: _Run, base_llm: str | Path, text_files: Sequence[str | Path]) -> 
 
 def _load_base(base_llm: str | Path) -> Any:
     try:
-        return AutoModelForCausalLM.from_pretrained(str(base_llm), use_safetensors=True)
+        return AutoModelForCausalLM.from_pretrained(resolve(str(base_llm)), use_safetensors=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from eval.evaluate import _load_base
 from eval.reconstruction import agreements
 from eval.scores import judge_drawings, score_answers, score_captions, share
 from eval.shapes.captions import questions
@@ -64,6 +65,10 @@ def test_the_text_model_has_never_seen_a_code() -> None:
     merged = json.loads((find_folder("shipped:model") / "config.json").read_text())
     assert base["vocab_size"] < merged["vocab_size"]
     assert base["architectures"] == merged["architectures"] == ["Qwen3ForCausalLM"]
+
+
+def test_evaluate_takes_the_text_model_by_name() -> None:
+    assert _load_base("shipped:text_model").config.vocab_size == 640
 
 
 @pytest.mark.parametrize("held_out", ["exclude", "only"])
