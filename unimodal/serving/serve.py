@@ -14,6 +14,7 @@ from typing import Any
 from tokenizer_hf.errors import CheckpointError, ServingError
 from unimodal.serving.adapters import adapter_flags
 from unimodal.serving.limits import Limits
+from unimodal.shipped import resolve
 
 PLUGIN_NAME = "unimodal"
 LOGITS_PROCESSOR = "unimodal.serving.logits:ImageLogitsProcessor"
@@ -73,6 +74,7 @@ def command_line(
         CheckpointError: the folder is no merged model, or an adapter is none.
     """
     require_vllm()
+    folder = resolve(str(folder))
     config = read_config(folder)
     from vllm.platforms import current_platform
 
