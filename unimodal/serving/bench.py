@@ -422,7 +422,8 @@ def summary(hits: Sequence[Hit]) -> dict[str, Any]:
 def paired(pairs: Sequence[tuple[Hit, Hit]]) -> dict[str, Any]:
     """Compare ours with the plain server's answer to the same request, pair by pair.
 
-    Where our answer holds an image the model chose to draw, and the request is no text request.
+    Pairs in which our answer holds an image are left out and counted as ``drawn``: the model chose
+    to draw, so that was no text request.
     """
     good = [
         pair
