@@ -406,6 +406,7 @@ def test_a_client_that_leaves_a_stream_ends_all_its_segments(
     client: Any, server: Server, many: str
 ) -> None:
     written = metric(server, "vllm:generation_tokens_total")
+    abandoned = metric(server, "unimodal:requests_abandoned_total", cause="client_left")
     with engine_asleep(server):
         stream = ask(
             client,
@@ -418,12 +419,15 @@ def test_a_client_that_leaves_a_stream_ends_all_its_segments(
             extra={"ignore_eos": True},
         )
         time.sleep(0.5)  # the pairs of four choices are on their way to the engine
+        assert metric(server, "unimodal:queue_depth") == 1
         stream.close()
         time.sleep(0.5)
     left = time.monotonic()
     while at_work(server) > 0:
         assert time.monotonic() - left < 2
         time.sleep(0.05)
+    found = metric(server, "unimodal:requests_abandoned_total", cause="client_left")
+    assert found == abandoned + 1
     # Four images and what follows them would be 4 x 350 ids.
     assert metric(server, "vllm:generation_tokens_total") - written < 4 * MOST
     assert ask(client, many, max_tokens=3).choices[0].token_ids
