@@ -546,7 +546,8 @@ def _read_texts(files: Sequence[str | Path], limit: int) -> Iterator[Any]:
     """Texts and text-only conversations, as many of each file."""
     for file in files:
         try:
-            lines = Path(file).read_text(encoding="utf-8").splitlines()
+            with Path(file).open(encoding="utf-8") as stream:
+                lines = list(stream)  # str.splitlines would also break at U+2028 within a text
         except OSError as error:
             raise DataError(f"no held-out text at {file}: {error.strerror}") from error
         for number, line in enumerate(lines[: max(1, limit // len(files))], start=1):

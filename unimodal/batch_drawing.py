@@ -105,7 +105,8 @@ def read_prompts(path: str | Path, defaults: Defaults) -> list[Drawing]:
         DataError: no such file, nothing in it, or bad lines; each is named with its number.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        with Path(path).open(encoding="utf-8") as stream:
+            lines = list(stream)  # str.splitlines would also break at U+2028 within a prompt
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the prompts {path} cannot be read: {error}") from error
     drawings: list[Drawing] = []
@@ -217,7 +218,7 @@ class Manifest:
         folder.mkdir(parents=True, exist_ok=True)
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         whole, _, torn = text.rpartition("\n")
-        for number, line in enumerate(whole.splitlines(), start=1):
+        for number, line in enumerate(whole.split("\n") if whole else (), start=1):
             try:
                 entry = json.loads(line)
                 self.entries[entry["file"]] = entry

@@ -26,6 +26,13 @@ def metric(server: Server, name: str, **labels: str) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in lines if all(w in line for w in wanted))
 
 
+def at_work(server: Server) -> float:
+    """Requests in the engine, running or waiting."""
+    names = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
+    lines = server.get("/metrics").splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(names))
+
+
 def engine_processes(server: Server) -> list[psutil.Process]:
     """The processes of vLLM's engine: its core and its workers."""
     family = psutil.Process(server.pid).children(recursive=True)

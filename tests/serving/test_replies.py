@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.serving.asking import engine_asleep, image_part, metric, picture, user
+from tests.serving.asking import at_work, engine_asleep, image_part, metric, picture, user
 from tests.toy import nested_image_tokenizer, save_llm, scale_rows
 from unimodal.generation.sampling import SamplingSettings, default_stop_ids, generate
 from unimodal.merge import merge
@@ -395,13 +395,6 @@ def test_a_stop_string_ends_the_reply_behind_an_image(client: Any) -> None:
     assert message.images == [image for image in whole.images if image["offset"] <= stop]
 
 
-def at_work(server: Server) -> float:
-    """Requests in the engine, running or waiting."""
-    names = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
-    lines = server.get("/metrics").splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(names))
-
-
 def test_a_client_that_leaves_a_stream_ends_all_its_segments(
     client: Any, server: Server, many: str
 ) -> None:
@@ -533,7 +526,7 @@ def test_curl_reads_a_stream_of_text_and_images(server: Server, model: Unimodal,
         "modalities": ["image"],
     }
     url = f"{server.url}/v1/chat/completions"
-    lines = curl(url, "--no-buffer", "--json", json.dumps(body)).splitlines()
+    lines = curl(url, "--no-buffer", "--json", json.dumps(body)).split("\n")
     events = [line.removeprefix("data: ") for line in lines if line]
     assert events[-1] == "[DONE]"
     deltas = [json.loads(text)["choices"][0]["delta"] for text in events[:-1]]

@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.serving.asking import image_part, opened, picture, user
+from tests.serving.asking import (
+    at_work,
+    engine_asleep,
+    image_part,
+    metric,
+    opened,
+    picture,
+    user,
+)
 from tests.serving.conftest import MOST
 from tokenizer_hf.image_processing_image_tokenizer import open_image
 from unimodal.generation.sampling import SamplingSettings, generate
@@ -297,38 +305,18 @@ def test_segments_cannot_be_asked_for_from_outside(client: Any) -> None:
         )
 
 
-def generated(server: Server) -> float:
-    """Ids that the engine has written since it started, once it writes no more."""
-    last = -1.0
-    while True:
-        lines = server.get("/metrics").splitlines()
-        total = sum(
-            float(line.rsplit(" ", 1)[1])
-            for line in lines
-            if line.startswith("vllm:generation_tokens_total{")
-        )
-        if total == last:
-            return total
-        last = total
-        time.sleep(1)
-
-
 def test_a_client_that_leaves_takes_its_requests_along(server: Server, client: Any) -> None:
-    extra = {"guidance_scale": 2.0, "temperature": 100, "seed": 1}
-    before = generated(server)
-    client.images.generate(prompt="a ring", n=10, extra_body=extra)
-    whole = generated(server) - before
-    assert whole > 200
-    for timeout in (0.05 * 1.5**step for step in range(20)):
-        before = generated(server)
-        try:
-            patient = client.with_options(timeout=timeout)
-            patient.images.generate(prompt="a ring", n=10, extra_body=extra)
-        except openai.APITimeoutError:
-            written = generated(server) - before
-            assert written < 0.9 * whole
-            if written > 0.1 * whole:
-                return
-        else:
-            break
-    pytest.fail("the client never left in the middle of a drawing")
+    written = metric(server, "vllm:generation_tokens_total")
+    abandoned = metric(server, "unimodal:requests_abandoned_total", cause="client_left")
+    with engine_asleep(server), pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=2).images.generate(
+            prompt="a ring", n=10, extra_body={"guidance_scale": 2.0, "temperature": 100, "seed": 1}
+        )
+    limit = time.monotonic() + 10
+    while metric(server, "unimodal:queue_depth") or at_work(server):
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    found = metric(server, "unimodal:requests_abandoned_total", cause="client_left")
+    assert found == abandoned + 1
+    # Ten pairs would write ten times 48 codes, twice, and more with restarts.
+    assert metric(server, "vllm:generation_tokens_total") - written < 200

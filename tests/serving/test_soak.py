@@ -1,13 +1,14 @@
 """A short soak of the shared server; the long one is ``unimodal bench soak``."""
 
 import asyncio
+import json
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
 from unimodal.serving.check import Server
-from unimodal.serving.soak import MIX, soak, summary
+from unimodal.serving.soak import MIX, sent_events, soak, summary
 
 RESULT: dict[str, Any] = {
     "requests": 10,
@@ -34,6 +35,14 @@ def test_the_summary_names_what_is_wrong() -> None:
         ({"memory": {**RESULT["memory"], "growth": 0.06}}, "memory grew by 6.0%"),
     ):
         assert summary({**RESULT, **change}).startswith(text)
+
+
+def test_events_end_at_line_feeds_only() -> None:
+    text = "a\x85b\u2028c\x0bd"
+    event = json.dumps({"content": text}, ensure_ascii=False)
+    body = f": ping\n\ndata: {event}\n\ndata: [DONE]\n\n".encode()
+    first, last = sent_events(body)
+    assert json.loads(first) == {"content": text} and last == b"[DONE]"
 
 
 @pytest.mark.vllm

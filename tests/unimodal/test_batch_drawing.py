@@ -63,6 +63,15 @@ def test_lines_become_drawings(tmp_path):
     assert (drawings[4].negative_prompt, drawings[4].budget) == ("blue", 3)
 
 
+def test_lines_end_at_line_feeds_only(tmp_path, model):
+    text = "a star\u2028or\x85two"
+    line = json.dumps({"prompt": text}, ensure_ascii=False)
+    [drawing] = read_prompts(write(tmp_path / "p.jsonl", line + "\n"), Defaults())
+    assert drawing.prompt == text
+    run(model, [drawing], tmp_path / "out")
+    assert Manifest(tmp_path / "out").entries[drawing.file]["prompt"] == text
+
+
 def test_bad_lines_are_told_by_number_and_together(tmp_path, model):
     lines = [
         {"prompt": "fine"},

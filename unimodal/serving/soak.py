@@ -256,14 +256,14 @@ class _Traffic:
         }
         images = 0
         async with session.post(self.url + "/v1/chat/completions", json=body) as answer:
-            text = (await answer.read()).decode()
-        lines = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
-        if answer.status != 200 or lines[-1:] != ["[DONE]"]:
-            raise Wrong(f"{answer.status}: {text[:200]}")
-        for line in lines[:-1]:
-            chunk = json.loads(line)
+            body_read = await answer.read()
+        events = sent_events(body_read)
+        if answer.status != 200 or events[-1:] != [b"[DONE]"]:
+            raise Wrong(f"{answer.status}: {body_read[:200]!r}")
+        for event in events[:-1]:
+            chunk = json.loads(event)
             if "error" in chunk:
-                raise Wrong(line[:200])
+                raise Wrong(event[:200].decode(errors="replace"))
             for choice in chunk["choices"]:
                 for part in choice["delta"].get("images") or []:
                     self._open(part["image_url"]["url"].partition(",")[2])
@@ -300,6 +300,15 @@ class _Traffic:
         except Exception:
             self.malformed_images += 1
         self.images += 1
+
+
+def sent_events(body: bytes) -> list[bytes]:
+    """Return the data of each server-sent event of one line.
+
+    Bytes, because ``str.splitlines`` also breaks at characters such as U+0085 and U+2028, which a
+    JSON string may hold as they are and a model writes now and then.
+    """
+    return [line[6:] for line in body.splitlines() if line.startswith(b"data: ")]
 
 
 def _numbers(num_requests: int, until: float) -> Iterator[int]:
