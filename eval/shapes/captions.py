@@ -155,18 +155,26 @@ def _with_background(text: str, background: str, rng: random.Random) -> str:
 # --- questions ------------------------------------------------------------------------------------
 
 
-def questions(scene: Scene, rng: random.Random, n: int = 3) -> list[tuple[str, str]]:
+def questions(
+    scene: Scene, rng: random.Random, n: int = 3, *, every_pair: bool = False
+) -> list[tuple[str, str]]:
     """Draw questions about a scene, with answers of one word.
+
+    Args:
+        scene: what is asked about.
+        rng: source of randomness.
+        n: how many.
+        every_pair: ask whether there is an object of a HELD_OUT pair where there is none, too.
 
     Returns:
         up to `n` (question, answer) of different kinds: number, number of a shape, background,
         colour of a shape, shape of a colour, size, existence, relation (yes and no equally often).
         An object is only asked about where the words single it out. HELD_OUT pairs are named only
-        where the scene holds them.
+        where the scene holds them, unless `every_pair`.
     """
     found: list[tuple[str, str]] = []
     for kind in rng.sample(_QUESTION_KINDS, len(_QUESTION_KINDS)):
-        if len(found) < n and (pair := _question(kind, scene, rng)):
+        if len(found) < n and (pair := _question(kind, scene, rng, every_pair)):
             found.append(pair)
     return found
 
@@ -183,7 +191,9 @@ _QUESTION_KINDS = (
 )
 
 
-def _question(kind: str, scene: Scene, rng: random.Random) -> tuple[str, str] | None:
+def _question(
+    kind: str, scene: Scene, rng: random.Random, every_pair: bool
+) -> tuple[str, str] | None:
     objects = scene.objects
     if kind == "objects":
         return "how many objects are there?", NUMBERS[len(objects)]
@@ -195,7 +205,7 @@ def _question(kind: str, scene: Scene, rng: random.Random) -> tuple[str, str] | 
     if kind == "background":
         return "what is the background?", scene.background
     if kind == "existence":
-        return _existence_question(objects, rng)
+        return _existence_question(objects, rng, every_pair)
     if kind == "relation":
         return _relation_question(objects, rng)
     known, asked = kind.split()
@@ -216,7 +226,9 @@ def _attribute_question(
     return f"what {asked} is the {name}?", getattr(o, asked)
 
 
-def _existence_question(objects: tuple[Object, ...], rng: random.Random) -> tuple[str, str]:
+def _existence_question(
+    objects: tuple[Object, ...], rng: random.Random, every_pair: bool
+) -> tuple[str, str]:
     present = {(o.shape, o.colour) for o in objects}
     if rng.random() < 0.5:
         pair, answer = rng.choice(sorted(present)), "yes"
@@ -225,7 +237,7 @@ def _existence_question(objects: tuple[Object, ...], rng: random.Random) -> tupl
             (shape, colour)
             for shape in SHAPES
             for colour in COLOURS
-            if (shape, colour) not in present and (shape, colour) not in HELD_OUT
+            if (shape, colour) not in present and (every_pair or (shape, colour) not in HELD_OUT)
         ]
         # Half of the time an absent pair that shares an attribute with what is there: harder.
         near = [pair for pair in absent if any(pair[0] == s or pair[1] == c for s, c in present)]
@@ -319,11 +331,11 @@ def world_text_messages(
     elif kind == "board_of_caption":
         user, assistant = f"draw in words {prompt_words(scene, rng)}", board_text(scene)
     elif kind == "question_about_board":
-        question, assistant = questions(scene, rng, 1)[0]
+        question, assistant = questions(scene, rng, 1, every_pair=True)[0]
         user = f"{board_text(scene)} {question}"
     elif kind == "dialogue_about_board":
         turns = [(f"draw in words {prompt_words(scene, rng)}", board_text(scene))]
-        return kind, chat_messages([*turns, *questions(scene, rng, 2)])
+        return kind, chat_messages([*turns, *questions(scene, rng, 2, every_pair=True)])
     elif kind == "caption":
         user, assistant = "describe", captions(scene, rng)
     elif kind == "question_about_caption":
@@ -350,7 +362,7 @@ def _caption_that_answers(scene: Scene, rng: random.Random) -> tuple[str, str, s
     found = [("how many objects are there?", NUMBERS[len(wanted)])]
     if stated.background:
         found.append(("what is the background?", stated.background))
-    found.append(_existence_question(scene.objects, rng))
+    found.append(_existence_question(scene.objects, rng, every_pair=True))
     for known, asked in (("shape", "colour"), ("colour", "shape")):
         if pair := _attribute_question(scene.objects, known, asked, rng):
             found.append(pair)

@@ -58,7 +58,8 @@ HELD_OUT = frozenset(
         ("heart", "blue"),
     }
 )
-"""(shape, colour) pairs that training never shows nor names; every shape and colour is in one."""
+"""(shape, colour) pairs that no training picture shows and nothing said of one names; every shape
+and colour is in one. The text-only lines and chats speak of them."""
 
 CATEGORIES = ("single", "two", "counting", "colours", "position", "binding", "caption")
 RELATIONS = ("left", "right", "above", "below")

@@ -21,7 +21,7 @@ from eval.shapes.captions import (
     world_text_messages,
 )
 from eval.shapes.render import render
-from eval.shapes.scene import IMAGE_SIZE, Level, Scene, sample_scene
+from eval.shapes.scene import IMAGE_SIZE, HeldOut, Level, Scene, sample_scene
 from tokenizer_hf.errors import ConfigurationError, DataError
 from tokenizer_hf.files import atomic_folder
 
@@ -82,8 +82,10 @@ def write_world(
         chat/{train,validation}.jsonl      {"messages": […], "kind": …}: `world_text_messages`
 
     The captions of a row all name colour and shape of every object, but for the last, which is
-    brief (shapes only); its prompts, which training draws from, are brief as often as not. Objects
-    are never HELD_OUT pairs. The text lines and chats are about scenes of their own.
+    brief (shapes only); its prompts, which training draws from, are brief as often as not. No
+    picture, nor what is said of one, has a HELD_OUT pair. The text lines and chats are about scenes
+    of their own and speak of all pairs, as a text LLM has read of everything: a text model that has
+    never read of a cyan star takes it for impossible, and carries that into its drawings.
 
     Args:
         folder: where to write; replaced as a whole when everything is there.
@@ -135,7 +137,9 @@ def write_world(
                 rng = random.Random(f"{seed}-{kind}-words-{split}")
                 lines = chats if (kind, split) == ("chat", "train") else count
                 with path.open("w", encoding="utf-8") as file:
-                    for scene in _scenes(lines, f"{seed}-{kind}-{split}", level, set()):
+                    for scene in _scenes(
+                        lines, f"{seed}-{kind}-{split}", level, set(), held_out="any"
+                    ):
                         file.write(json.dumps(row(scene, rng, level)) + "\n")
                         bar.update()
         text = json.dumps({k: getattr(manifest, k) for k in manifest.__slots__}, indent=2)
@@ -166,10 +170,12 @@ def read_world(
                 yield row["image"]["bytes"], row["captions"], pairs, Scene.from_json(row["scene"])
 
 
-def _scenes(count: int, seed: str, level: Level, excluded: set[Scene]) -> Iterator[Scene]:
+def _scenes(
+    count: int, seed: str, level: Level, excluded: set[Scene], held_out: HeldOut = "exclude"
+) -> Iterator[Scene]:
     rng = random.Random(seed)
     while count:
-        scene = sample_scene(rng, level)
+        scene = sample_scene(rng, level, held_out=held_out)
         if scene not in excluded:
             count -= 1
             yield scene

@@ -12,6 +12,7 @@ from PIL import Image
 from eval.shapes.reading import parse_caption
 from eval.shapes.render import render_array
 from eval.shapes.requirement import satisfies
+from eval.shapes.scene import HELD_OUT
 from eval.shapes.world import WorldManifest, read_world, write_world
 from tokenizer_hf.errors import ConfigurationError, DataError
 
@@ -88,6 +89,17 @@ def test_text_files(world: Path) -> None:
         assert len(texts) == len(chats) == n
         assert all(set(row) == {"text"} and row["text"] for row in texts)
         assert all(set(row) == {"messages", "kind"} for row in chats)
+
+
+def test_only_text_speaks_of_held_out_pairs(world: Path) -> None:
+    names = [f"{colour} {shape}" for shape, colour in HELD_OUT]
+    for split in ("train", "validation"):
+        for _, captions, pairs, scene in read_world(world, split):
+            assert not HELD_OUT & {(o.shape, o.colour) for o in scene.objects}
+            said = " ".join([*captions, *(word for pair in pairs for word in pair)])
+            assert not [name for name in names if name in said]
+    chats = (world / "chat/train.jsonl").read_text()
+    assert sum(name in chats for name in names) > 4
 
 
 def test_free_world(tmp_path: Path) -> None:
