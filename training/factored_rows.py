@@ -10,12 +10,17 @@ or a red star may come, it would mix the two. What fills much of all pictures, s
 background, has a deviation of its own, which mends that and teaches nothing of rare combinations.
 (docs/learning.md has it measured: no deviations, all, and these.)
 
+Nor does a code count against a prediction only because training happens not to show it: a softmax
+would learn of an uncoloured "star" that it is anything but cyan. `unseen_combinations` finds the
+codes that the loss leaves out.
+
 What is saved is an ordinary PEFT adapter: everything is folded into the codes' rows.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,8 @@ FACTOR_ROWS = "factor_rows"
 """Name of the parameter, (number of factors' values, D), that holds the shared rows."""
 OWN_ROW_SHARE = 0.01
 """A code that fills more than this share of the training pictures has a deviation of its own."""
+MEETS_SHARE = 0.5
+"""Two factors' values that never meet could meet if each meets this share of the other factor's."""
 STATE_FILE = "factored_rows.safetensors"
 """Beside a checkpoint's adapter: the parts that are folded there, apart."""
 
@@ -52,6 +59,32 @@ def share_rows(model: nn.Module, factors: np.ndarray, shares: np.ndarray) -> Non
                 layer.register_parameter(FACTOR_ROWS, nn.Parameter(shared))
                 own.register_hook(partial(_only_own, mask.to(own.device)))
         layer.get_merged_weights = partial(_merged_weights, layer, owner, columns)
+
+
+def unseen_combinations(factors: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Find the codes that training never shows, although their factors' values could meet.
+
+    A star could be cyan where most other colours come as stars and most other shapes in cyan. A
+    star in a colour that only the background has could not, and such a code goes on to count
+    against the others: if it were left out of the loss too, nonsense would come for free.
+
+    Args:
+        factors: int64 (K, number of factors), as in :func:`share_rows`.
+        shares: float (K,), likewise.
+
+    Returns:
+        bool (K,).
+    """
+    values = factors - factors.min(0)
+    seen = shares > 0
+    possible = ~seen
+    for a, b in combinations(range(values.shape[1]), 2):
+        met = np.zeros((values[:, a].max() + 1, values[:, b].max() + 1), dtype=bool)
+        met[values[seen, a], values[seen, b]] = True
+        often_a, often_b = (met.mean(axis) >= MEETS_SHARE for axis in (1, 0))
+        could_meet = met | (often_a[:, None] & often_b[None])
+        possible &= could_meet[values[:, a], values[:, b]]
+    return possible
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from training.adapters import add_adapter, fold_lora, is_adapter_row
 from training.data.collate import Steps
 from training.data.examples import Examples
 from training.data.mixing import Mix
-from training.factored_rows import share_rows
+from training.factored_rows import share_rows, unseen_combinations
 from training.recipes import LanguageModelRecipe
 from training.runs import close_run, digest, open_run, publishing, run_to_the_end
 from training.trainer import UnimodalTrainer, training_arguments
@@ -58,13 +58,21 @@ def train(recipe: LanguageModelRecipe, *, resume: bool = True) -> Path:
     examples = Examples(processor, recipe.data.caches, recipe.data.text, recipe.data.max_length)
     model = load_model(folder, recipe)
     text_ids, row_ids = _id_groups(processor)
+    uncounted = None
     if recipe.mode == "full":
         is_row = table_names(model)
     else:
         model = add_adapter(model, processor.vocabulary, recipe.lora)
         if recipe.lora.rows == "factored":
             config = ImageTokenizerConfig.from_pretrained(folder / "image_tokenizer")
-            share_rows(model, config.code_factors(), examples.code_shares())
+            factors, shares = config.code_factors(), examples.code_shares()
+            share_rows(model, factors, shares)
+            uncounted = torch.zeros(processor.vocabulary.rows, dtype=torch.bool)
+            codes = processor.vocabulary.code_token_ids
+            uncounted[codes.start : codes.stop] = torch.from_numpy(
+                unseen_combinations(factors, shares)
+            )
+            logger.info("%d codes that training never shows do not count", uncounted.sum())
         is_row = is_adapter_row
         if recipe.lora.fold:
             logger.info("folded %d LoRA layers", fold_lora(model))
@@ -90,6 +98,8 @@ def train(recipe: LanguageModelRecipe, *, resume: bool = True) -> Path:
         pad_token_id=processor.tokenizer.pad_token_id or 0,
         text_ids=text_ids,
         row_ids=row_ids if recipe.mode == "full" else None,
+        code_ids=processor.vocabulary.code_token_ids,
+        uncounted=uncounted,
         compiled=recipe.compile,
     )
     run_to_the_end(trainer, output_dir)

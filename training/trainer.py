@@ -123,6 +123,8 @@ class UnimodalTrainer(Trainer):
         loss: the recipe's loss part.
         is_row: tells by its name whether a parameter holds rows of the embedding or the head.
         row_ids: ids of the new rows; in mode full, ``rows_first_steps`` trains only these.
+        code_ids: ids of the image codes; only needed with ``uncounted``.
+        uncounted: bool (V,): codes that stay out of the softmax where a code is to be predicted.
         text_ids: ids over which ``text_kl`` compares with the base.
         compiled: run the layers through ``torch.compile``; see `compile_body`.
     """
@@ -139,6 +141,8 @@ class UnimodalTrainer(Trainer):
         pad_token_id: int = 0,
         text_ids: Tensor | None = None,
         row_ids: Tensor | None = None,
+        code_ids: range = range(0),
+        uncounted: Tensor | None = None,
         compiled: bool = False,
     ) -> None:
         super().__init__(
@@ -151,6 +155,7 @@ class UnimodalTrainer(Trainer):
         self.steps = steps
         self.optimizer_recipe, self.is_row = optimizer, is_row
         self.text_kl, self.text_ids = loss.text_kl, text_ids
+        self.code_ids, self.uncounted = code_ids, uncounted
         factors = torch.tensor([loss.weights.get(d, 1.0) for d in DIRECTIONS])
         self._factors = None if bool((factors == 1).all()) else factors
         self._sums = torch.zeros(3, len(DIRECTIONS), dtype=torch.float64)
@@ -205,7 +210,9 @@ class UnimodalTrainer(Trainer):
         with labelled_positions(plain, learnt):
             outputs = model(input_ids=input_ids, use_cache=False)
         logits = outputs.logits[0].float()
-        losses = nn.functional.cross_entropy(logits, labels[learnt], reduction="none")
+        losses = nn.functional.cross_entropy(
+            self._counted(logits, labels[learnt]), labels[learnt], reduction="none"
+        )
         directions = inputs["directions"][:, None].expand_as(labels)[learnt]
         self.speedometer.add(inputs["lengths"], learnt.sum())
         self._count(0, directions, losses)
@@ -219,6 +226,13 @@ class UnimodalTrainer(Trainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _counted(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return logits (N, V) without the uncounted codes, where the label is a code."""
+        if self.uncounted is None:
+            return logits
+        is_code = (labels >= self.code_ids.start) & (labels < self.code_ids.stop)
+        return logits.masked_fill(is_code[:, None] & self.uncounted.to(logits.device), -torch.inf)
 
     def _text_divergence(
         self, model: nn.Module, inputs: dict[str, Any], logits: Tensor, directions: Tensor

@@ -13,9 +13,10 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from tests.toy import save_llm, tiny_image_tokenizer
 from training.adapters import add_adapter, is_adapter_row
-from training.factored_rows import FACTOR_ROWS, folded, share_rows
+from training.factored_rows import FACTOR_ROWS, folded, share_rows, unseen_combinations
 from training.language_model import load_model
-from training.recipes import LanguageModelRecipe, LoraRecipe, build_recipe
+from training.recipes import LanguageModelRecipe, LoraRecipe, OptimizerRecipe, build_recipe
+from training.trainer import UnimodalTrainer, training_arguments
 from unimodal.merge import merge
 from unimodal.processing_unimodal import UnimodalProcessor
 
@@ -88,3 +89,40 @@ def test_only_common_codes_have_a_deviation_of_their_own(parts: Path) -> None:
             assert parameter.grad[2 + 4].any() and parameter.grad[:2].any()
         elif name.endswith(FACTOR_ROWS):
             assert parameter.grad.any(1).all()
+
+
+def test_combinations_that_could_be_are_told_from_those_that_could_not() -> None:
+    shares = np.ones((3, 4))
+    shares[1, 2] = 0  # two values that meet all others
+    shares[:2, 3] = 0  # a value that meets one of three only
+    found = unseen_combinations(FACTORS, shares.reshape(-1))
+    assert [tuple(code) for code in FACTORS[found]] == [(2, 4 + 1)]
+    assert not unseen_combinations(FACTORS, np.ones(12)).any()
+
+
+def test_what_training_never_shows_does_not_count_against_a_code(parts: Path) -> None:
+    model, vocabulary = adapted(parts, np.ones(12))
+    codes = vocabulary.code_token_ids
+    uncounted = torch.zeros(vocabulary.rows, dtype=torch.bool)
+    uncounted[codes.start + 7] = True
+    args = training_arguments(str(parts / "out"), False, {"max_steps": 1})
+    trainer = UnimodalTrainer(
+        model, args, [], optimizer=OptimizerRecipe(), is_row=is_adapter_row,
+        code_ids=codes, uncounted=uncounted,
+    )  # fmt: skip
+    text, code = 5, codes.start + 2
+    for label, counts in ((code, False), (text, True)):
+        seen: list[torch.Tensor] = []
+        head = model.get_output_embeddings()
+        handle = head.register_forward_hook(lambda m, i, logits: seen.append(logits))  # noqa: B023
+        inputs = {
+            "input_ids": torch.tensor([[1, label]]),
+            "labels": torch.tensor([[-100, label]]),
+            "directions": torch.tensor([0]),
+            "lengths": torch.tensor([2]),
+        }
+        loss = trainer.compute_loss(model, inputs)
+        handle.remove()
+        [gradient] = torch.autograd.grad(loss, seen)
+        assert bool(gradient[..., codes.start + 7].any()) == counts
+        assert gradient[..., codes.start + 6].any() and torch.isfinite(loss)
