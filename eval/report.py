@@ -28,7 +28,7 @@ _JUDGES = {
 _PARSER = (
     "Drawings are judged from their pixels by a parser, strictly: the number of objects, every "
     "stated attribute, relation and background. Held-out pairs are shape–colour pairs that no "
-    "training picture and no training text shows."
+    "training picture shows and nothing said of one names; texts without pictures speak of them."
 )
 _NO_PARSER = (
     "No parser reads these drawings. Retrieval tells whether the caption that a drawing was made "
