@@ -1056,10 +1056,14 @@ def choose_sampling_command(
     temperature: Annotated[
         list[float] | None, typer.Option(help="To try; may come several times. [0.3 0.5 0.7 1]")
     ] = None,
+    top_k: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="To try; may come several times; 0 keeps all codes. [0]"),
+    ] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Prompts of each category.")] = 24,
     seed: Annotated[int, typer.Option(help="Of prompts and drawings.")] = 0,
 ) -> None:
-    """Find the guidance and the temperature at which a model draws best, and write them into it.
+    """Find the guidance, temperature and top-k at which a model draws best; write them into it.
 
     The prompts are of the kinds that `unimodal evaluate` scores, but never the same. Every way to
     draw (`unimodal draw`, `chat`, `serve`) then starts from these settings.
@@ -1073,12 +1077,14 @@ def choose_sampling_command(
 
     usual = SamplingGrid()
     grid = SamplingGrid(
-        guidance=guidance or usual.guidance, temperature=temperature or usual.temperature
+        guidance=guidance or usual.guidance,
+        temperature=temperature or usual.temperature,
+        top_k=[k or None for k in top_k] if top_k else usual.top_k,
     )
     for one in choose_sampling(model, cast(Level, level), grid=grid, n=n, seed=seed):
         typer.echo(
             f"guidance {one['guidance']:<4} temperature {one['temperature']:<4} "
-            f"{100 * one['score']:5.1f} %"
+            f"top-k {one['top_k'] or 'all':<4} {100 * one['score']:5.1f} %"
         )
 
 

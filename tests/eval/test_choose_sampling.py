@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from eval import choose_sampling as module
 from eval.choose_sampling import VALIDATION_SEED, SamplingGrid, choose_sampling
@@ -11,6 +12,7 @@ from eval.shapes.prompts import prompts
 from eval.shapes.scene import CATEGORIES
 from tests.toy import toy_merged_folder
 from tokenizer_hf.errors import CheckpointError
+from unimodal.cli import app
 from unimodal.pipeline import Unimodal
 
 
@@ -47,6 +49,17 @@ def test_the_best_setting_becomes_the_models_own(
     own = model.draw("a star", seed=1)[0]
     given = model.draw("a star", seed=1, guidance=2.0, temperature=0.5)[0]
     assert own.tobytes() == given.tobytes()
+
+
+def test_the_command_tries_what_it_is_told(tmp_path: Path) -> None:
+    folder = toy_merged_folder(tmp_path)
+    words = ["--guidance=1.5", "--temperature=0.5", "--top-k=0", "--top-k=4", "--n=1"]
+    result = CliRunner().invoke(app, ["choose-sampling", str(folder), *words])
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.stdout.splitlines() if line.startswith("guidance")]
+    assert sorted(line.split()[5] for line in lines) == ["4", "all"]
+    chosen = json.loads((folder / "processor_config.json").read_text())["draw_settings"]
+    assert chosen["guidance"] == 1.5 and chosen["top_k"] in (None, 4)
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
