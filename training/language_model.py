@@ -78,6 +78,7 @@ def train(recipe: LanguageModelRecipe, *, resume: bool = True) -> Path:
             logger.info("folded %d LoRA layers", fold_lora(model))
 
     args = training_arguments(str(output_dir), bool(recipe.bf16), recipe.training)
+    curriculum = recipe.data.curriculum
     mix = Mix(
         examples.num_items,
         examples.mean_loss_tokens(),
@@ -85,6 +86,8 @@ def train(recipe: LanguageModelRecipe, *, resume: bool = True) -> Path:
         examples_per_step=micro_batches(args) * args.per_device_train_batch_size,
         prompt_dropout=recipe.data.prompt_dropout,
         seed=args.seed,
+        starting_weights=curriculum.weights if curriculum else None,
+        moving_steps=curriculum.steps if curriculum else 0,
     )
     shares = ", ".join(f"{d} {share:.0%}" for d, share in mix.example_shares.items())
     logger.info("examples by direction: %s", shares)

@@ -25,6 +25,20 @@ DIRECTIONS = ("draw", "caption", "question", "dialogue", "text", "chat")
 
 
 @dataclass(kw_only=True)
+class CurriculumRecipe:
+    """Weights to begin with, e.g. captions before drawings."""
+
+    steps: int
+    """In so many steps the weights move, in equal parts, to ``data.weights``."""
+    weights: dict[str, float]
+    """Share of the loss tokens of each direction at step 0; 0 for those that are not named."""
+
+    def __post_init__(self) -> None:
+        _check_weights("data.curriculum.weights", self.weights)
+        _at_least("data.curriculum.steps", self.steps, 1)
+
+
+@dataclass(kw_only=True)
 class DataRecipe:
     """What a language model learns from, and in which proportion."""
 
@@ -43,6 +57,8 @@ class DataRecipe:
         }
     )
     """Share of the *loss tokens* of each direction. A direction without data is left out."""
+    curriculum: CurriculumRecipe | None = None
+    """Other weights at the start. None: ``weights`` all along."""
     prompt_dropout: float = 0.1
     """Share of drawing examples with an empty prompt: the unconditional side of guidance."""
     max_length: int = 1024
@@ -52,11 +68,9 @@ class DataRecipe:
     and never changes the mix of a step."""
 
     def __post_init__(self) -> None:
-        _no_unknown_names("data.weights", self.weights, DIRECTIONS)
+        _check_weights("data.weights", self.weights)
         _in_range("data.prompt_dropout", self.prompt_dropout, 0, 1)
         _at_least("data.max_length", self.max_length, 8)
-        if any(weight < 0 for weight in self.weights.values()):
-            raise ConfigurationError(f"data.weights must not be negative, got {self.weights}")
 
 
 @dataclass(kw_only=True)
@@ -349,6 +363,12 @@ def _no_unknown_names(where: str, given: Iterable[str], known: Iterable[str]) ->
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
             raise ConfigurationError(f"{where} has no field {name!r}{hint}")
+
+
+def _check_weights(name: str, weights: Mapping[str, float]) -> None:
+    _no_unknown_names(name, weights, DIRECTIONS)
+    if any(weight < 0 for weight in weights.values()):
+        raise ConfigurationError(f"{name} must not be negative, got {weights}")
 
 
 def _in_range(name: str, value: float, low: float, high: float) -> None:

@@ -293,9 +293,37 @@ def test_prompts_are_dropped_for_drawing_only() -> None:
     assert not any(pick.dropped for pick in mix(prompt_dropout=0.0).picks(0))
 
 
+def test_a_curriculum_moves_from_its_weights_to_the_others() -> None:
+    start = {"caption": 1.0, "text": 3.0}
+    drawing = mix(starting_weights=start, moving_steps=200)
+    steps = [drawing.picks(step) for step in range(400)]
+    tokens = [Counter() for _ in range(4)]  # of a hundred steps each
+    for step, picks in enumerate(steps):
+        for pick in picks:
+            tokens[step // 100][pick.direction] += TOKENS[pick.direction]
+    shares = [{d: t[d] / sum(t.values()) for d in TOKENS} for t in tokens]
+    assert {pick.direction for pick in steps[0]} == set(start)
+    for part, way in ((0, 0.25), (1, 0.75), (2, 1), (3, 1)):
+        for direction in TOKENS:
+            wanted = way * WEIGHTS[direction] / 11 + (1 - way) * start.get(direction, 0) / 4
+            assert shares[part][direction] == pytest.approx(wanted, abs=0.012)
+    assert mix(starting_weights=start, moving_steps=200).picks(150) == steps[150]
+    assert drawing.picks(350) == steps[350] and drawing.picks(20) == steps[20]
+    seen = [pick.item for picks in steps for pick in picks if pick.direction == "draw"]
+    assert sorted(seen[:40]) == sorted(seen[40:80]) == list(range(40))
+
+
+def test_the_same_weights_at_the_start_are_no_curriculum() -> None:
+    picks = [mix().picks(step) for step in range(30)]
+    moving = mix(starting_weights={d: 2 * w for d, w in WEIGHTS.items()}, moving_steps=10)
+    assert [moving.picks(step) for step in range(30)] == picks
+
+
 def test_nothing_to_train_on() -> None:
     with pytest.raises(ConfigurationError, match="nothing to train on"):
         Mix({"draw": 0, "text": 3}, {"text": 5.0}, {"draw": 1.0}, examples_per_step=4)
+    with pytest.raises(ConfigurationError, match="nothing to train on"):
+        mix(starting_weights={"chat": 1.0}, moving_steps=5)
 
 
 # --- batches ---

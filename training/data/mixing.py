@@ -45,9 +45,15 @@ class Mix:
         examples_per_step: over all micro-batches and devices.
         prompt_dropout: share of drawing examples with the empty prompt.
         seed: of everything random here.
+        starting_weights: what the weights are at step 0; from there they move to ``weights`` in
+            ``moving_steps`` equal steps. None: ``weights`` from the start.
+        moving_steps: how long that takes.
+
+    Attributes:
+        example_shares: share of the examples of each direction once the weights stand still.
 
     Raises:
-        ConfigurationError: no direction has both a weight and an item.
+        ConfigurationError: no direction has both a weight and an item, at the start or later.
     """
 
     def __init__(
@@ -58,17 +64,36 @@ class Mix:
         examples_per_step: int,
         prompt_dropout: float = 0.0,
         seed: int = 0,
+        *,
+        starting_weights: Mapping[str, float] | None = None,
+        moving_steps: int = 0,
     ) -> None:
-        self.directions = [d for d in num_items if num_items[d] and weights.get(d, 0) > 0]
-        if not self.directions:
-            raise ConfigurationError(
-                f"nothing to train on: the data hold {dict(num_items)} examples and the weights "
-                f"are {dict(weights)}; give data.caches or data.text with a weight above 0"
-            )
+        starting_weights = weights if starting_weights is None else starting_weights
+        for given in (starting_weights, weights):
+            if not any(num_items[d] and given.get(d, 0) > 0 for d in num_items):
+                raise ConfigurationError(
+                    f"nothing to train on: the data hold {dict(num_items)} examples and the "
+                    f"weights are {dict(given)}; give data.caches or data.text with a weight above "
+                    "0"
+                )
+        self.directions = [
+            d
+            for d in num_items
+            if num_items[d] and (weights.get(d, 0) or starting_weights.get(d, 0))
+        ]
         self.num_items = {d: num_items[d] for d in self.directions}
-        rates = np.array([weights[d] / loss_tokens[d] for d in self.directions])
-        self.example_shares = dict(zip(self.directions, rates / rates.sum(), strict=True))
-        self._edges = np.cumsum(rates / rates.sum())[:-1]
+        tokens = np.array([loss_tokens[d] for d in self.directions])
+        first, last = (
+            np.array([given.get(d, 0.0) for d in self.directions])
+            for given in (starting_weights, weights)
+        )
+        self._moving_steps = moving_steps
+        ways = np.arange(moving_steps)[:, None] / max(1, moving_steps)
+        moving = (1 - ways) * first / first.sum() + ways * last / last.sum()
+        rates = np.concatenate([moving, last[None]]) / tokens
+        shares = rates / rates.sum(1, keepdims=True)
+        self.example_shares = dict(zip(self.directions, shares[-1], strict=True))
+        self._edges = np.cumsum(shares, axis=1)[:, :-1]
         self.examples_per_step = examples_per_step
         self.prompt_dropout = prompt_dropout
         self.seed = seed
@@ -78,7 +103,7 @@ class Mix:
     def picks(self, step: int) -> list[Pick]:
         """Return the examples of optimizer step ``step``, counted from 0."""
         n = self.examples_per_step
-        directions = self._directions(step * n, (step + 1) * n)
+        directions = self._directions(step, step + 1)
         seen = self._seen_before(step)
         rng = np.random.default_rng([self.seed, 1, step])
         choices = rng.integers(0, 2**31, n)
@@ -93,17 +118,24 @@ class Mix:
         return picks
 
     def _directions(self, start: int, stop: int) -> np.ndarray:
+        """Return the directions of the examples of steps ``start`` to ``stop - 1``."""
         phase = np.random.default_rng([self.seed, 2]).random()
-        points = (phase + np.arange(start, stop) * GOLDEN_RATIO) % 1.0
-        return np.searchsorted(self._edges, points, side="right")
+        n = self.examples_per_step
+        points = (phase + np.arange(start * n, stop * n) * GOLDEN_RATIO) % 1.0
+        moving = range(start, min(stop, self._moving_steps))
+        still = n * len(moving)
+        found = [
+            np.searchsorted(self._edges[step], part, side="right")
+            for step, part in zip(moving, points[:still].reshape(-1, n), strict=True)
+        ]
+        return np.concatenate([*found, np.searchsorted(self._edges[-1], points[still:], "right")])
 
     def _seen_before(self, step: int) -> np.ndarray:
         """Count the examples of each direction before ``step``; remembered when steps follow."""
         known, seen = self._seen
         if known > step:
             known, seen = 0, np.zeros(len(self.directions), dtype=np.int64)
-        n = self.examples_per_step
-        between = self._directions(known * n, step * n)
+        between = self._directions(known, step)
         return seen + np.bincount(between, minlength=len(self.directions))
 
     def _item(self, direction: int, rank: int) -> int:
