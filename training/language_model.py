@@ -65,12 +65,12 @@ def train(recipe: LanguageModelRecipe, *, resume: bool = True) -> Path:
         model = add_adapter(model, processor.vocabulary, recipe.lora)
         if recipe.lora.rows == "factored":
             config = ImageTokenizerConfig.from_pretrained(folder / "image_tokenizer")
-            factors, shares = config.code_factors(), examples.code_shares()
-            share_rows(model, factors, shares)
+            factors, code_shares = config.code_factors(), examples.code_shares()
+            share_rows(model, factors, code_shares)
             uncounted = torch.zeros(processor.vocabulary.rows, dtype=torch.bool)
             codes = processor.vocabulary.code_token_ids
             uncounted[codes.start : codes.stop] = torch.from_numpy(
-                unseen_combinations(factors, shares)
+                unseen_combinations(factors, code_shares)
             )
             logger.info("%d codes that training never shows do not count", uncounted.sum())
         is_row = is_adapter_row
