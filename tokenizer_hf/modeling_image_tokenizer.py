@@ -49,6 +49,8 @@ class ImageTokenizerOutput(ModelOutput):
     """(B, 3, H, W), about [-1, 1], not clamped."""
     codes: Tensor | None = None
     """(B, L) int64."""
+    code_vectors: Tensor | None = None
+    """(B, L, codebook_dim) float32, of the codes; gradients pass straight to the encoder."""
 
 
 class ImageTokenizer(PreTrainedModel):
@@ -169,7 +171,8 @@ class ImageTokenizer(PreTrainedModel):
             num_tokens = int(torch.randint(first, last + 1, ()))
         length = self._length(num_tokens)
         quantized = self.quantizer(self._latents(pixel_values))
-        reconstruction = self._pixels(quantized.vectors[:, :length]).float()
+        code_vectors = quantized.vectors[:, :length]
+        reconstruction = self._pixels(code_vectors).float()
         error = reconstruction - pixel_values.float()
         losses = {"l1": error.abs().mean(), "l2": error.square().mean(), **quantized.losses}
         return ImageTokenizerOutput(
@@ -177,6 +180,7 @@ class ImageTokenizer(PreTrainedModel):
             losses=losses,
             reconstruction=reconstruction,
             codes=quantized.codes[:, :length],
+            code_vectors=code_vectors,
         )
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ import os
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +43,8 @@ from tokenizer_hf.image_processing_image_tokenizer import (
     to_uint8,
 )
 from tokenizer_hf.modeling_image_tokenizer import ImageTokenizer
-from training.data.sources import open_source
+from training.caption_alignment import CaptionAlignment, collect_words, words_of
+from training.data.sources import Row, open_source
 from training.estimate import device_peak, image_tokenizer_estimate, reached
 from training.precision import bf16_is_faster
 from training.recipes import differences, recipe_to_dict, save_recipe
@@ -97,7 +98,9 @@ class TokenizerRecipe:
     """Largest norm of the gradient."""
     loss_weights: dict[str, float] = field(default_factory=dict)
     """Factor on each named loss of the forward pass (l1, l2, commitment, codebook); 1 where none is
-    given."""
+    given. And on ``contrastive``, 0 where none is given: code vectors are pulled towards the
+    picture's caption and away from the other captions of the batch, see
+    :class:`training.caption_alignment.CaptionAlignment`; the data need captions then."""
     ema_decay: float = 0.999
     """The saved weights are a running mean of the trained ones that keeps this share at each step
     (less at the start). 0: the trained weights themselves."""
@@ -122,12 +125,26 @@ class TokenizerRecipe:
             raise ConfigurationError("data is empty; expected at least one folder or file")
         if not 0 <= self.ema_decay < 1:
             raise ConfigurationError(f"ema_decay is {self.ema_decay}; expected at least 0, below 1")
-        known = ("l1", "l2", "commitment", "codebook")
+        known = ("l1", "l2", "commitment", "codebook", "contrastive")
         for name in self.loss_weights:
             if name not in known:
                 raise ConfigurationError(
                     f"loss_weights has {name!r}; expected some of {', '.join(known)}"
                 )
+        if self.contrastive_weight < 0:
+            raise ConfigurationError(
+                f"loss_weights.contrastive is {self.contrastive_weight}; expected at least 0"
+            )
+        if self.contrastive_weight and self.batch_size < 2:
+            raise ConfigurationError(
+                "loss_weights.contrastive compares the captions of a batch; batch_size is "
+                f"{self.batch_size}, expected at least 2"
+            )
+
+    @property
+    def contrastive_weight(self) -> float:
+        """Factor on the contrastive term; 0: there is none, and captions are not read."""
+        return self.loss_weights.get("contrastive", 0.0)
 
     def count_pictures(self) -> int:
         """Return how many pictures it learns from."""
@@ -147,8 +164,9 @@ def train_image_tokenizer(recipe: TokenizerRecipe) -> Path:
         ``output_dir``, which :meth:`ImageTokenizer.from_pretrained` loads.
 
     Raises:
-        ConfigurationError: ``output_dir`` holds a run of another recipe or of other data.
-        DataError: no usable picture.
+        ConfigurationError: ``output_dir`` holds a run of another recipe or of other data, or the
+            contrastive term is asked of an encoder without weights.
+        DataError: no usable picture, or no captions for the contrastive term.
         CheckpointError: the last checkpoint cannot be read.
     """
     folder = Path(recipe.output_dir)
@@ -162,9 +180,14 @@ def train_image_tokenizer(recipe: TokenizerRecipe) -> Path:
             f"image_processor.size is {processor.size}, tokenizer.image_size {config.image_size}; "
             "leave size out"
         )
+    if recipe.contrastive_weight and config.encoder_type == "palette":
+        raise ConfigurationError(
+            f"loss_weights.contrastive is {recipe.contrastive_weight}, but a palette encoder has "
+            "no weights that captions could train; use a conv or vit encoder, or set it to 0"
+        )
     (folder / "training").mkdir(parents=True, exist_ok=True)
-    pictures, rows, held_out = _read_data(recipe, processor)
-    run = _Run(recipe, config, pictures, rows, held_out)
+    data = _read_data(recipe, processor)
+    run = _Run(recipe, config, data)
     run.model.image_processor = run.averaged.image_processor = processor
     run.resume()
     save_recipe(recipe, folder / "recipe.yaml")
@@ -173,7 +196,7 @@ def train_image_tokenizer(recipe: TokenizerRecipe) -> Path:
     metrics = {
         **run.measure(),
         "steps": recipe.max_steps,
-        "pictures": len(rows),
+        "pictures": len(data.rows),
         "seconds": round(time.monotonic() - started, 1),
         "fingerprint": run.averaged.fingerprint(),
         **speed,
@@ -184,22 +207,31 @@ def train_image_tokenizer(recipe: TokenizerRecipe) -> Path:
     return folder
 
 
+@dataclass(frozen=True)
+class _Data:
+    """What a training learns from and is measured on."""
+
+    pictures: np.ndarray
+    """uint8 (N, size, size, 3)."""
+    rows: np.ndarray
+    """int64: those of ``pictures`` to learn from."""
+    held_out: np.ndarray
+    """uint8 (M, size, size, 3)."""
+    captions: list[list[str]]
+    """Of each of ``pictures``, its captions; empty without a contrastive term."""
+    held_out_captions: list[list[str]]
+
+
 class _Run:
     """The state of a training, and its loop."""
 
-    def __init__(
-        self,
-        recipe: TokenizerRecipe,
-        config: ImageTokenizerConfig,
-        pictures: np.ndarray,
-        rows: np.ndarray,
-        held_out: np.ndarray,
-    ) -> None:
+    def __init__(self, recipe: TokenizerRecipe, config: ImageTokenizerConfig, data: _Data) -> None:
         self.recipe = recipe
         self.folder = Path(recipe.output_dir) / "training"
-        self.pictures = pictures
-        self.rows = rows
-        self.held_out = held_out
+        self.data = data
+        self.pictures = data.pictures
+        self.rows = data.rows
+        self.held_out = data.held_out
         self.device = torch.device(
             recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
         )
@@ -209,12 +241,24 @@ class _Run:
         torch.manual_seed(recipe.seed)
         self.model = ImageTokenizer(config)
         if recipe.start == "principal_components":
-            first = picture_indices(len(rows), min(len(rows), START_PICTURES), recipe.seed, 0)
-            self.model.start_from_principal_components(to_pixel_values(pictures[rows[first]]))
+            count = len(self.rows)
+            first = self.rows[picture_indices(count, min(count, START_PICTURES), recipe.seed, 0)]
+            self.model.start_from_principal_components(to_pixel_values(self.pictures[first]))
         self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[arg-type]
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
+        # By the names in the checkpoint: what learns, and the running means of its weights.
+        self.learners: dict[str, nn.Module] = {"model": self.model}
+        self.averages: dict[str, nn.Module] = {"averaged": self.averaged}
+        self.alignment: CaptionAlignment | None = None
+        self.averaged_alignment: CaptionAlignment | None = None
+        if recipe.contrastive_weight:
+            words = collect_words(text for row in self.rows for text in data.captions[row])
+            self.alignment = CaptionAlignment(words, config.codebook_dim).to(self.device)
+            self.averaged_alignment = copy.deepcopy(self.alignment).eval().requires_grad_(False)
+            self.learners["alignment"] = self.alignment
+            self.averages["averaged_alignment"] = self.averaged_alignment
         self.optimizer = torch.optim.AdamW(
-            _parameter_groups(self.model, recipe.weight_decay),
+            _parameter_groups(self.learners.values(), recipe.weight_decay),
             lr=recipe.learning_rate,
             betas=recipe.betas,
             fused=True,
@@ -269,30 +313,45 @@ class _Run:
 
         ``psnr``: dB, of the mean squared error over all pictures, on 8-bit values. ``codes_used``:
         how many different codes they use. ``perplexity``: exp of the entropy of the codes' use.
+        With a contrastive term, ``caption_retrieval``: share of the captioned pictures whose own
+        (first) caption fits them best among those of their batch, and ``caption_retrieval_chance``:
+        the share that guessing would give.
         """
         counts = np.zeros(self.averaged.config.codebook_size, dtype=np.int64)
         squared_error = 0.0
+        retrieved = np.zeros(3)
         for start in range(0, len(self.held_out), self.recipe.batch_size):
             batch = self.held_out[start : start + self.recipe.batch_size]
             codes = self.averaged.encode(to_pixel_values(batch).to(self.device))
             painted = to_uint8(self.averaged.decode(codes))
             squared_error += np.square(painted.astype(np.float64) - batch).sum()
             counts += np.bincount(codes.flatten().cpu().numpy(), minlength=len(counts))
+            if self.averaged_alignment is not None:
+                vectors = self.averaged.quantizer.lookup(codes)
+                captions = self.data.held_out_captions[start : start + len(batch)]
+                first = [texts[0] if texts else "" for texts in captions]
+                retrieved += self.averaged_alignment.retrieve(vectors, first)
         error = max(squared_error / self.held_out.size, 1e-10)
-        return {
+        metrics: dict[str, float | int] = {
             "psnr": round(10 * math.log10(255**2 / error), 3),
             "codes_used": int((counts > 0).sum()),
             "codebook_size": len(counts),
             "perplexity": round(_perplexity(counts), 2),
             "held_out_pictures": len(self.held_out),
         }
+        if self.averaged_alignment is not None:
+            found, by_chance, looked = retrieved
+            metrics["caption_retrieval"] = round(found / max(looked, 1), 4)
+            metrics["caption_retrieval_chance"] = round(by_chance / max(looked, 1), 4)
+            metrics["held_out_captions"] = int(looked)
+        return metrics
 
     def save(self) -> None:
         """Write ``checkpoint.pt`` atomically."""
         state = {
             "step": self.step,
-            "model": self.model.state_dict(),
-            "averaged": self.averaged.state_dict(),
+            **{name: part.state_dict() for name, part in self.learners.items()},
+            **{name: part.state_dict() for name, part in self.averages.items()},
             "optimizer": self.optimizer.state_dict(),
             "identity": self._identity(),
         }
@@ -316,8 +375,8 @@ class _Run:
                 f"{str(self.folder.parent)!r} holds the run of another recipe: "
                 f"{'; '.join(changed)}; give another output_dir, or remove {str(path)!r}"
             )
-        self.model.load_state_dict(state["model"])
-        self.averaged.load_state_dict(state["averaged"])
+        for name, part in (*self.learners.items(), *self.averages.items()):
+            part.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         logger.info("going on from step %d", self.step)
@@ -326,11 +385,15 @@ class _Run:
         """What must not change when a run goes on."""
         recipe = recipe_to_dict(self.recipe)
         checksum = zlib.crc32(np.ascontiguousarray(self.pictures).data)
-        return {
+        identity = {
             **{name: value for name, value in recipe.items() if name not in FREE_FIELDS},
             "precision": self.precision,
             "pictures": f"{len(self.pictures)} with checksum {checksum:08x}",
         }
+        if self.alignment is not None:
+            checksum = zlib.crc32(json.dumps(self.data.captions).encode())
+            identity["captions"] = f"checksum {checksum:08x}"
+        return identity
 
     def _train_step(self) -> tuple[dict[str, Tensor], Tensor]:
         recipe, model = self.recipe, self.model
@@ -343,16 +406,27 @@ class _Run:
         model.train()
         with self._autocast():
             out = model(pixel_values)
+        losses = dict(out.losses)
+        if self.alignment is not None:
+            captions = self._captions_of(self.rows[chosen])
+            losses["contrastive"] = self.alignment(out.code_vectors, captions)
         weights = recipe.loss_weights
-        terms = [weights.get(name, 1.0) * loss for name, loss in out.losses.items()]
+        terms = [weights.get(name, 1.0) * loss for name, loss in losses.items()]
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.stack(terms).sum()
         if loss.requires_grad:  # palette bodies with running means learn without a gradient
             loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
+        trained = [p for part in self.learners.values() for p in part.parameters()]
+        nn.utils.clip_grad_norm_(trained, recipe.gradient_clip)
         self.optimizer.step()
         self._average()
-        return out.losses, out.codes
+        return losses, out.codes
+
+    def _captions_of(self, rows: np.ndarray) -> list[str]:
+        """One caption of each picture, drawn anew in each step; "" where it has none."""
+        random = np.random.default_rng([self.recipe.seed, self.step, 1])
+        captions = [self.data.captions[row] for row in rows]
+        return [texts[random.integers(len(texts))] if texts else "" for texts in captions]
 
     def _autocast(self) -> AbstractContextManager:
         if self.precision == "float32":
@@ -367,18 +441,19 @@ class _Run:
             decay = 0.0
         ours: list[Tensor] = []
         theirs: list[Tensor] = []
-        for (name, mean), value in zip(
-            self.averaged.named_parameters(), self.model.parameters(), strict=True
-        ):
-            if name.startswith("quantizer."):
-                mean.copy_(value)
-            else:
-                ours.append(mean)
-                theirs.append(value)
+        for average, part in zip(self.averages.values(), self.learners.values(), strict=True):
+            for (name, mean), value in zip(
+                average.named_parameters(), part.parameters(), strict=True
+            ):
+                if name.startswith("quantizer."):
+                    mean.copy_(value)
+                else:
+                    ours.append(mean)
+                    theirs.append(value)
+            for kept, current in zip(average.buffers(), part.buffers(), strict=True):
+                kept.copy_(current)
         if ours:
             torch._foreach_lerp_(ours, theirs, 1 - decay)
-        for kept, current in zip(self.averaged.buffers(), self.model.buffers(), strict=True):
-            kept.copy_(current)
 
     def _log(self, board: Any, losses: dict[str, float], counts: Tensor) -> None:
         for name, value in losses.items():
@@ -425,26 +500,56 @@ def read_pictures(
     Raises:
         DataError: not one usable picture.
     """
+    return _read(sources, processor, limit, with_captions=False)[0]
+
+
+def _read(
+    sources: list[str],
+    processor: ImageTokenizerImageProcessor,
+    limit: int | None,
+    with_captions: bool,
+) -> tuple[np.ndarray, list[list[str]]]:
+    """Pictures as :func:`read_pictures`, and of each its captions that have a word."""
     opened = [open_source(name, need_text=False) for name in sources]
     most = sum(map(len, opened))
     most = most if limit is None else min(most, limit)
     pictures = _room_for((most, processor.size, processor.size, 3))
+    captions: list[list[str]] = []
     count = 0
-    for image in tqdm(_images(opened), total=most, desc="reading pictures", disable=None):
+    for row, image in tqdm(_images(opened), total=most, desc="reading pictures", disable=None):
         pictures[count] = np.asarray(processor.fit(image))
+        if with_captions:
+            captions.append([text for text in row.captions if words_of(text)])
         count += 1
         if count == most:
             break
     if count == 0:
         raise DataError(f"{', '.join(sources)} hold no picture; expected at least one")
-    return pictures[:count]
+    return pictures[:count], captions
 
 
-def _images(sources: list[Any]) -> Iterator[Image.Image]:
+def _check_captions(sources: list[str], captions: list[list[str]], least: int) -> None:
+    """A contrastive term needs captions; pictures without any learn by reconstruction alone."""
+    without = sum(not texts for texts in captions)
+    if len(captions) - without < least:
+        raise DataError(
+            f"of the {len(captions)} pictures of {', '.join(sources)}, "
+            f"{len(captions) - without} have a caption, and loss_weights.contrastive needs "
+            f"{least} at least; give Parquet with captions or a folder with metadata.jsonl "
+            "(docs/data_formats.md), or set it to 0"
+        )
+    if without:
+        logger.warning(
+            "%s: %d of %d pictures have no caption and take no part in the contrastive term",
+            ", ".join(sources), without, len(captions),
+        )  # fmt: skip
+
+
+def _images(sources: list[Any]) -> Iterator[tuple[Row, Image.Image]]:
     for source in sources:
         for row in source:
             if row.image is not None:
-                yield row.image
+                yield row, row.image
 
 
 def _room_for(shape: tuple[int, ...]) -> np.ndarray:
@@ -457,28 +562,32 @@ def _room_for(shape: tuple[int, ...]) -> np.ndarray:
     return room
 
 
-def _read_data(
-    recipe: TokenizerRecipe, processor: ImageTokenizerImageProcessor
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pictures, the rows of them to train on, and the pictures to measure on."""
-    pictures = read_pictures(recipe.data, processor, recipe.num_pictures)
+def _read_data(recipe: TokenizerRecipe, processor: ImageTokenizerImageProcessor) -> _Data:
+    aligns = recipe.contrastive_weight > 0
+    pictures, captions = _read(recipe.data, processor, recipe.num_pictures, aligns)
+    learnt = np.arange(len(pictures))
     if recipe.held_out_data:
-        held_out = read_pictures(recipe.held_out_data, processor, recipe.held_out)
-        return pictures, np.arange(len(pictures)), held_out
-    if len(pictures) <= recipe.held_out:
-        raise DataError(
-            f"{', '.join(recipe.data)} hold {len(pictures)} pictures, of which {recipe.held_out} "
-            "would be held out; give more, or lower held_out"
-        )
-    order = np.random.default_rng(recipe.seed).permutation(len(pictures))
-    measured, learnt = np.sort(order[: recipe.held_out]), np.sort(order[recipe.held_out :])
-    return pictures, learnt, pictures[measured]
+        held_out, theirs = _read(recipe.held_out_data, processor, recipe.held_out, aligns)
+    else:
+        if len(pictures) <= recipe.held_out:
+            raise DataError(
+                f"{', '.join(recipe.data)} hold {len(pictures)} pictures, of which "
+                f"{recipe.held_out} would be held out; give more, or lower held_out"
+            )
+        order = np.random.default_rng(recipe.seed).permutation(len(pictures))
+        measured, learnt = np.sort(order[: recipe.held_out]), np.sort(order[recipe.held_out :])
+        held_out, theirs = pictures[measured], [captions[row] for row in measured if aligns]
+    if aligns:
+        _check_captions(recipe.data, [captions[row] for row in learnt], least=2)
+        _check_captions(recipe.held_out_data or recipe.data, theirs, least=1)
+    return _Data(pictures, learnt, held_out, captions, theirs)
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def _parameter_groups(parts: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
     decays: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
+    named = [pair for part in parts for pair in part.named_parameters()]
+    for name, parameter in named:
         if parameter.requires_grad:
             is_matrix = name.endswith(".weight") and parameter.ndim >= 2
             (decays if is_matrix else others).append(parameter)
@@ -487,7 +596,7 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
         {"params": others, "weight_decay": 0.0},
     ]
     learnt = [group for group in groups if group["params"]]
-    return learnt or [{"params": list(model.parameters())}]  # an optimizer wants at least one
+    return learnt or [{"params": [p for _, p in named]}]  # an optimizer wants at least one
 
 
 def _perplexity(counts: np.ndarray) -> float:
