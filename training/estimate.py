@@ -599,6 +599,8 @@ def _parts(model: Any) -> dict[str, int]:
 def image_tokenizer_estimate(recipe: Any, num_pictures: int) -> Estimate:
     """Estimate the training of an image tokenizer.
 
+    The caption encoder of a contrastive term (at most 4.3 M weights) is not counted.
+
     Args:
         recipe: a `training.image_tokenizer.TokenizerRecipe`.
         num_pictures: that it learns from.

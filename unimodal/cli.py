@@ -50,11 +50,16 @@ def train_tokenizer(
     (`max_steps`, `batch_size`, `learning_rate`, ...). Under `training/` of the folder lie
     checkpoints, TensorBoard logs and sheets of pictures over their reconstructions.
 
+    With `loss_weights.contrastive` above 0 the codes also learn to tell the pictures' captions;
+    `metrics.json` then has `caption_retrieval`, of held-out pictures, beside what guessing gives.
+
     **Examples**
 
     `unimodal train-tokenizer --config tokenizer.yaml`
 
     `unimodal train-tokenizer --config tokenizer.yaml --set tokenizer.patch_local=true`
+
+    `unimodal train-tokenizer --config tokenizer.yaml --set loss_weights.contrastive=0.3`
     """
     from training.image_tokenizer import TokenizerRecipe, train_image_tokenizer
     from training.recipes import load_recipe
