@@ -43,7 +43,7 @@ class CaptionAlignment(nn.Module):
     Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision"
         (CLIP, 2021), §2.3 and figure 3 (symmetric loss), §2.5 (temperature: 0.07 at first, at least
         0.01). On quantized vectors, beside the reconstruction losses: Ma et al., "UniTok"
-        (2025), §3.1. Ours differs: the mean is taken over the code vectors themselves, before any
+        (2025). Ours differs: the mean is taken over the code vectors themselves, before any
         layer of the decoder, so that it is the codes that carry the meaning; the caption encoder
         is a bag of words, learnt in the run, and no transformer; captions of the same words are no
         negatives of each other (small worlds repeat their captions).
