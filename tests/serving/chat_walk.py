@@ -35,11 +35,20 @@ DESKTOP = {"width": 1200, "height": 860}
 PHONE = {"width": 390, "height": 844}
 
 
-COUNT_PREVIEWS = """() => {
+WATCH = """() => {
     window.previews = 0;
-    const look = () => { window.previews += document.querySelectorAll("#chat img.preview").length };
-    new MutationObserver(look).observe(document.body, { childList: true, subtree: true });
-}"""  # a small model's previews are gone before one could look for them
+    window.begun = 0;  // replies: the button Stop came
+    let stop = false;
+    const look = () => {
+        window.previews += document.querySelectorAll("#chat img.preview").length;
+        const named = button => button.innerText.trim() === "Stop" && button.offsetParent !== null;
+        const before = stop;
+        stop = [...document.querySelectorAll("button")].some(named);
+        window.begun += stop && !before;
+    };
+    const changes = { childList: true, subtree: true, attributes: true };
+    new MutationObserver(look).observe(document.body, changes);
+}"""  # a small model's previews, and whole replies, are gone before one could look for them
 
 
 @contextmanager
@@ -119,9 +128,9 @@ class Walk:
         """Wait until the reply is over."""
         self.page.get_by_role("button", name="Submit").wait_for()
 
-    def sees_a_preview(self) -> bool:
-        """Wait until a preview is shown, or the reply is over without one."""
-        self.page.get_by_role("button", name="Stop").wait_for()
+    def sees_a_preview(self, reply: int) -> bool:
+        """Wait until a preview is shown, or the reply with this number is over without one."""
+        self.page.wait_for_function("reply => begun >= reply", arg=reply)
         while not self.page.evaluate("previews"):
             if self.page.get_by_role("button", name="Submit").is_visible():
                 return False
@@ -174,9 +183,11 @@ def walk(
     answer = steps.ask("What colour is it?")
     shoot("caption")
     steps.choose("Draw")
-    page.evaluate(COUNT_PREVIEWS)
+    page.evaluate(WATCH)
     steps.send(prompt)
-    while not steps.sees_a_preview():  # a nested picture of a random model may end before one
+    reply = 1
+    while not steps.sees_a_preview(reply):  # a nested picture of a random model may end before one
+        reply += 1
         steps.rest()
         page.get_by_role("button", name="Regenerate").click()
     shoot("preview")

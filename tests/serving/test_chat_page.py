@@ -19,6 +19,7 @@ from tests.serving.asking import engine_asleep, engine_slowed, metric
 from tests.serving.chat_walk import (
     CHROMIUM,
     PHONE,
+    WATCH,
     Walk,
     browser_page,
     running_ui,
@@ -172,7 +173,7 @@ def test_upload_caption_ask_draw_preview_image_follow_up(
 
 
 @served
-def test_regenerate_draws_anew_and_clear_forgets(page: Any, server: Server) -> None:
+def test_regenerate_draws_anew_and_clear_forgets(page: Any) -> None:
     steps = Walk(page)
     steps.limit(MOST_TOKENS)
     steps.choose("Draw")
@@ -190,10 +191,10 @@ def test_regenerate_draws_anew_and_clear_forgets(page: Any, server: Server) -> N
     assert second != first
     # The seed that is shown says the same again.
     page.get_by_label("A new seed each time").uncheck()
-    with engine_slowed(server):
-        page.get_by_role("button", name="Regenerate").click()
-        page.get_by_role("button", name="Stop").wait_for()
-        steps.rest()
+    page.evaluate(WATCH)
+    page.get_by_role("button", name="Regenerate").click()
+    page.wait_for_function("begun >= 1")
+    steps.rest()
     assert replies.inner_html() == second
     page.get_by_role("button", name="Clear").click()
     steps.drawn().wait_for(state="detached")
