@@ -323,12 +323,14 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        for option in arguments:
-            if option is not type(None):
-                try:
-                    return _convert(option, value, where)
-                except ConfigurationError:
-                    continue
+        options = [option for option in arguments if option is not type(None)]
+        if len(options) == 1:  # its message says more than ours below
+            return _convert(options[0], value, where)
+        for option in options:
+            try:
+                return _convert(option, value, where)
+            except ConfigurationError:
+                continue
     elif origin is Literal:
         if value in arguments:
             return value

@@ -417,6 +417,19 @@ def test_qlora_holds_the_base_in_4_bits(settings: dict[str, Any]) -> None:
         ({"mode": "full", "loss": {"text_kl": 1.0}}, "text_kl needs mode lora"),
         ({"lora": {"target_modules": ["nothing"]}}, r"lora\.target_modules"),
         ({"data": {"weights": {"drawing": 1}}}, "did you mean draw"),
+        (
+            {"data": {"curriculum": {"steps": 5, "weights": {"drawing": 1}}}},
+            r"data\.curriculum\.weights has no field 'drawing'; did you mean draw",
+        ),
+        (
+            {"data": {"curriculum": {"steps": 5, "weights": {"draw": -1}}}},
+            r"data\.curriculum\.weights must not be negative",
+        ),
+        (
+            {"data": {"curriculum": {"steps": 0, "weights": {"draw": 1}}}},
+            r"data\.curriculum\.steps must be at least 1",
+        ),
+        ({"data": {"curriculum": {"weights": {"draw": 1}}}}, r"data\.curriculum lacks steps"),
         ({"data": {}}, "nothing to train on"),
     ],
 )
