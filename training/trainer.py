@@ -164,7 +164,8 @@ class UnimodalTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.interrupt = StopOnInterrupt()
-        self.add_callback(self.interrupt)
+        # Before TensorBoard's, which writes for a while: Ctrl-C counts from the very start.
+        self.callback_handler.callbacks.insert(0, self.interrupt)
         self.add_callback(LogBeforeSave())
         self.speedometer = Speedometer(model, args.device.type, args.bf16)
         self.add_callback(Pace(self.speedometer))
