@@ -517,11 +517,13 @@ def _estimate(
     recipe: Any,
     examples: Any,
     weights: Mapping[str, float],
+    packing: bool | int,
     is_row: Any,
 ) -> Estimate:
     """Estimate the training of a causal LM, inside the mode of its fake tensors."""
     from training.data.collate import Steps
     from training.data.mixing import Mix
+    from training.data.packing import row_tokens
     from training.trainer import DEFAULTS
 
     values = {**DEFAULTS, **recipe.training}
@@ -531,7 +533,8 @@ def _estimate(
         means = examples.mean_loss_tokens()
         mix = Mix(examples.num_items, means, weights, batch * parts, seed=values["seed"])
         steps = Steps(examples, mix, sampled, batch, parts)
-        batches = [_Batch.of(steps.batch(number)) for number in range(sampled * parts)]
+        size = row_tokens(packing, recipe.attention)
+        batches = [_Batch.of(steps.batch(number), size) for number in range(sampled * parts)]
     training, forward = count_flops(model)
     flops = sum(training.of(b.tokens, b.pairs, b.loss_tokens, 1) for b in batches)
     if hasattr(recipe, "loss") and recipe.loss.text_kl:
@@ -551,7 +554,7 @@ def _estimate(
         parameters=_parts(model),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         steps=values["max_steps"],
-        examples_per_step=sum(b.shape[0] for b in batches) / sampled,
+        examples_per_step=sum(b.examples for b in batches) / sampled,
         tokens_per_step=sum(b.tokens for b in batches) / sampled,
         data=f"examples: {items}",
         flops_per_step=flops / sampled,
@@ -561,16 +564,21 @@ def _estimate(
 
 @dataclass(frozen=True)
 class _Batch:
-    """Sums over a micro-batch; ``text``: tokens, pairs and loss tokens of its text examples."""
+    """Sums over a micro-batch; ``text``: tokens, pairs and loss tokens of its text examples.
+
+    ``shape`` is (rows, tokens of a row), padding included.
+    """
 
     shape: tuple[int, int]
+    examples: int
     tokens: int
     pairs: int
     loss_tokens: int
     text: tuple[int, int, int]
 
     @classmethod
-    def of(cls, examples: Sequence[Any]) -> "_Batch":
+    def of(cls, examples: Sequence[Any], row_tokens: int | None) -> "_Batch":
+        from training.data.packing import layout
         from unimodal.messages import IGNORED
 
         def sums(chosen: Sequence[Any]) -> tuple[int, int, int]:
@@ -578,9 +586,11 @@ class _Batch:
             labelled = sum(int((e.labels[1:] != IGNORED).sum()) for e in chosen)
             return sum(lengths), sum(n * n for n in lengths), labelled
 
-        longest = max(len(e.input_ids) for e in examples)
+        lengths = [len(e.input_ids) for e in examples]
+        rows = layout(lengths, row_tokens)
+        shape = len(rows), max(sum(lengths[number] for number in row) for row in rows)
         text = sums([e for e in examples if e.direction == "text"])
-        return cls((len(examples), longest), *sums(examples), text)
+        return cls(shape, len(examples), *sums(examples), text)
 
 
 def _parts(model: Any) -> dict[str, int]:
@@ -710,7 +720,8 @@ def text_model_estimate(recipe: Any) -> Estimate:
     with without_data():
         model = make_model(recipe, tokenizer)
     with fake(model):
-        return _estimate("text_model", model, recipe, examples, {"text": 1.0}, table_names(model))
+        is_row, weights = table_names(model), {"text": 1.0}
+        return _estimate("text_model", model, recipe, examples, weights, recipe.packing, is_row)
 
 
 def language_model_estimate(recipe: Any) -> Estimate:
@@ -751,7 +762,7 @@ def language_model_estimate(recipe: Any) -> Estimate:
         if recipe.mode == "lora" and recipe.lora.fold:
             fold_lora(model)
         is_row = table_names(model) if recipe.mode == "full" else is_adapter_row
-        return _estimate("lora", model, recipe, examples, data.weights, is_row)
+        return _estimate("lora", model, recipe, examples, data.weights, data.packing, is_row)
 
 
 # --- numbers in words -----------------------------------------------------------------------------

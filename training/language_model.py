@@ -14,6 +14,7 @@ from training.adapters import add_adapter, fold_lora, is_adapter_row
 from training.data.collate import Steps
 from training.data.examples import Examples
 from training.data.mixing import Mix
+from training.data.packing import row_tokens
 from training.factored_rows import share_rows, unseen_combinations
 from training.recipes import LanguageModelRecipe
 from training.runs import close_run, digest, open_run, publishing, run_to_the_end
@@ -103,6 +104,7 @@ def train(recipe: LanguageModelRecipe, *, resume: bool = True) -> Path:
         row_ids=row_ids if recipe.mode == "full" else None,
         code_ids=processor.vocabulary.code_token_ids,
         uncounted=uncounted,
+        row_tokens=row_tokens(recipe.data.packing, recipe.attention),
         compiled=recipe.compile,
     )
     run_to_the_end(trainer, output_dir)

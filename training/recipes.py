@@ -66,6 +66,12 @@ class DataRecipe:
     or chat example is left out, counted and reported. The examples of one optimizer step are sorted
     by length and then cut into its micro-batches, so gradient_accumulation_steps > 1 saves padding
     and never changes the mix of a step."""
+    packing: bool | int = False
+    """Lay the examples of a micro-batch one behind the other into rows, none seeing another,
+    instead of padding each one to the longest. true: rows of up to 1.5 times the longest example. A
+    number: rows of up to that many tokens, or as many as the longest example has. With
+    flash_attention_2 only true, which then is a single row. Losses and gradients stay what they are
+    without it."""
 
     def __post_init__(self) -> None:
         _check_weights("data.weights", self.weights)
@@ -172,6 +178,7 @@ class LanguageModelRecipe:
                 "loss.text_kl needs mode lora or qlora: with mode full there is no base left to "
                 "compare with; set loss.text_kl to 0"
             )
+        _check_packing("data.packing", self.data.packing, self.attention)
         if self.mode == "qlora" and self.compile:
             raise ConfigurationError(
                 "compile does not go with mode qlora: 4-bit layers are not compiled; set it to "
@@ -200,12 +207,17 @@ class TextModelRecipe:
     """Passed on to that model's configuration class: hidden_size, num_hidden_layers, ..."""
     max_length: int = 256
     """Tokens an example may have; longer texts are cut into pieces."""
+    packing: bool | int = False
+    """As ``data.packing`` in `DataRecipe`."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     bf16: bool | None = None
     compile: bool = False
     """As in `LanguageModelRecipe`."""
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_packing("packing", self.packing, self.attention)
 
 
 def load_recipe(kind: type[R], path: str | Path, overrides: Iterable[str] = ()) -> R:
@@ -371,6 +383,17 @@ def _check_weights(name: str, weights: Mapping[str, float]) -> None:
     _no_unknown_names(name, weights, DIRECTIONS)
     if any(weight < 0 for weight in weights.values()):
         raise ConfigurationError(f"{name} must not be negative, got {weights}")
+
+
+def _check_packing(where: str, packing: bool | int, attention: str) -> None:
+    if isinstance(packing, bool):
+        return
+    _at_least(where, packing, 8)
+    if attention == "flash_attention_2":
+        raise ConfigurationError(
+            f"{where}: flash_attention_2 takes packed examples as a single row, of any length; set "
+            f"it to true, got {packing}"
+        )
 
 
 def _in_range(name: str, value: float, low: float, high: float) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_se
 from tokenizer_hf.errors import CheckpointError, ConfigurationError
 from training.data.examples import TextExamples
 from training.data.mixing import Mix
+from training.data.packing import row_tokens
 from training.language_model import make_steps, micro_batches, table_names
 from training.recipes import TextModelRecipe
 from training.runs import close_run, digest, open_run, publishing, run_to_the_end
@@ -63,6 +64,7 @@ def train_text_model(recipe: TextModelRecipe, *, resume: bool = True) -> Path:
         optimizer=recipe.optimizer,
         is_row=table_names(model),
         pad_token_id=tokenizer.pad_token_id or 0,
+        row_tokens=row_tokens(recipe.packing, recipe.attention),
         compiled=recipe.compile,
     )
     run_to_the_end(trainer, output_dir)

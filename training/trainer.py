@@ -31,6 +31,7 @@ from training.data.collate import Steps, collate
 from training.estimate import Speedometer
 from training.factored_rows import folded, load_parts, save_parts
 from training.optimizer import make_optimizer
+from training.packed_attention import require_packed_attention
 from training.precision import bf16_is_faster
 from training.recipes import DIRECTIONS, LossRecipe, OptimizerRecipe
 from unimodal.messages import IGNORED
@@ -126,7 +127,12 @@ class UnimodalTrainer(Trainer):
         code_ids: ids of the image codes; only needed with ``uncounted``.
         uncounted: bool (V,): codes that stay out of the softmax where a code is to be predicted.
         text_ids: ids over which ``text_kl`` compares with the base.
+        row_tokens: pack micro-batches into rows of this length, as `training.data.packing.layout`
+            takes it; None: pad them.
         compiled: run the layers through ``torch.compile``; see `compile_body`.
+
+    Raises:
+        ConfigurationError: packing, and the model does not keep packed examples apart.
     """
 
     def __init__(
@@ -143,14 +149,17 @@ class UnimodalTrainer(Trainer):
         row_ids: Tensor | None = None,
         code_ids: range = range(0),
         uncounted: Tensor | None = None,
+        row_tokens: int | None = None,
         compiled: bool = False,
     ) -> None:
         super().__init__(
             model=model,
             args=args,
             train_dataset=steps,
-            data_collator=partial(collate, pad_token_id=pad_token_id),
+            data_collator=partial(collate, pad_token_id=pad_token_id, row_tokens=row_tokens),
         )
+        if row_tokens is not None:
+            require_packed_attention(model, row_tokens, args.bf16)
         loss = loss or LossRecipe()
         self.steps = steps
         self.optimizer_recipe, self.is_row = optimizer, is_row
@@ -205,16 +214,16 @@ class UnimodalTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Return the summed loss of a micro-batch over the labelled tokens of the whole step."""
-        input_ids, labels = inputs["input_ids"], inputs["labels"][:, 1:]
+        labels = inputs["labels"][:, 1:]
         learnt = labels != IGNORED
         plain = self.accelerator.unwrap_model(model)
         with labelled_positions(plain, learnt):
-            outputs = model(input_ids=input_ids, use_cache=False)
+            outputs = model(**_tokens(inputs), use_cache=False)
         logits = outputs.logits[0].float()
         losses = nn.functional.cross_entropy(
             self._counted(logits, labels[learnt]), labels[learnt], reduction="none"
         )
-        directions = inputs["directions"][:, None].expand_as(labels)[learnt]
+        directions = inputs["directions"][inputs["segments"][:, 1:][learnt]]
         self.speedometer.add(inputs["lengths"], learnt.sum())
         self._count(0, directions, losses)
         if self._factors is not None:
@@ -238,16 +247,23 @@ class UnimodalTrainer(Trainer):
     def _text_divergence(
         self, model: nn.Module, inputs: dict[str, Any], logits: Tensor, directions: Tensor
     ) -> Tensor:
-        """Sum KL(base || tuned) over the text vocabulary at the loss positions of text rows."""
+        """Sum KL(base || tuned) over the text vocabulary at the loss positions of texts.
+
+        Args:
+            logits: float32 (N, V), of the labelled positions, row by row.
+            directions: int64 (N,).
+        """
         text = DIRECTIONS.index("text")
-        rows = inputs["directions"] == text
+        is_text = inputs["directions"] == text
+        learnt = (inputs["labels"][:, 1:] != IGNORED) & is_text[inputs["segments"][:, 1:]]
+        rows = learnt.any(1)
         if not bool(rows.any()):
             return logits.new_zeros(())
         plain: Any = self.accelerator.unwrap_model(model)
-        learnt = inputs["labels"][rows, 1:] != IGNORED
-        with torch.no_grad(), plain.disable_adapter(), labelled_positions(plain, learnt):
-            base = model(input_ids=inputs["input_ids"][rows], use_cache=False).logits[0].float()
-        self.speedometer.add(inputs["lengths"][rows], learnt.sum(), forward_only=True)
+        tokens = {name: values[rows] for name, values in _tokens(inputs).items()}
+        with torch.no_grad(), plain.disable_adapter(), labelled_positions(plain, learnt[rows]):
+            base = model(**tokens, use_cache=False).logits[0].float()
+        self.speedometer.add(inputs["lengths"][is_text], learnt.sum(), forward_only=True)
         tuned = logits[directions == text]
         if self.text_ids is not None:
             columns = self.text_ids.to(base.device)
@@ -326,6 +342,11 @@ class UnimodalTrainer(Trainer):
         with atomic_write(Path(str(self.args.output_dir)) / METRICS) as temporary:
             lines = [json.dumps(entry) + "\n" for entry in self.state.log_history]
             temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def _tokens(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Return what a model takes of a batch: tokens, and positions where there are packed ones."""
+    return {name: inputs[name] for name in ("input_ids", "position_ids") if name in inputs}
 
 
 @contextlib.contextmanager

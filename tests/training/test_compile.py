@@ -12,7 +12,9 @@ from training.language_model import train
 from training.trainer import training_arguments
 
 
+@pytest.mark.parametrize("packing", [False, True])
 def test_compiled_layers_learn_the_same(
+    packing: bool,
     merged: Path,
     cache: Path,
     text: Path,
@@ -42,7 +44,8 @@ def test_compiled_layers_learn_the_same(
     losses = []
     for compiled in (False, True):
         settings = settings_of(merged, cache, text, tmp_path / str(compiled))
-        folder = train(recipe_of(settings, compile=compiled, **changes))
+        data = {**settings["data"], "packing": packing}
+        folder = train(recipe_of(settings, data=data, compile=compiled, **changes))
         losses.append([entry["loss"] for entry in metrics(folder)])
         assert bool(graphs) == compiled
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)

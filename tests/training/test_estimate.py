@@ -158,6 +158,20 @@ def test_a_run_reaches_what_its_estimate_counts(
         assert four_bits.memory["weights"] < estimate.memory["weights"]
 
 
+def test_packing_saves_memory_and_no_work(merged: Path, cache: Path, text: Path) -> None:
+    settings = settings_of(merged, cache, text, Path("/nowhere"))
+    step = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+    padded, packed = (
+        language_model_estimate(
+            recipe_of(settings, data={**settings["data"], "packing": packing}, training=step)
+        )
+        for packing in (False, True)
+    )
+    assert packed.flops_per_step == padded.flops_per_step
+    assert (packed.examples_per_step, packed.tokens_per_step) == (16, padded.tokens_per_step)
+    assert packed.memory["activations"] < 0.9 * padded.memory["activations"]
+
+
 def test_text_kl_costs_another_forward_pass(merged: Path, cache: Path, text: Path) -> None:
     settings = settings_of(merged, cache, text, Path("/nowhere"))
     plain, held = (

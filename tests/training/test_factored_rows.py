@@ -118,6 +118,7 @@ def test_what_training_never_shows_does_not_count_against_a_code(parts: Path) ->
         inputs = {
             "input_ids": torch.tensor([[1, label]]),
             "labels": torch.tensor([[-100, label]]),
+            "segments": torch.tensor([[0, 0]]),
             "directions": torch.tensor([0]),
             "lengths": torch.tensor([2]),
         }

@@ -219,6 +219,10 @@ MODES = {
     "full": {"mode": "full", "optimizer": {"name": "muon", "rows_first_steps": 4}},
     "factored": {"lora": {"rank": 4, "rows": "factored"}},
     "qlora": {"mode": "qlora", "lora": {"rank": 4}},
+    "packed": {
+        "loss": {"text_kl": 0.2},
+        "data": {"packing": 96, "curriculum": {"steps": 15, "weights": {"caption": 1, "text": 2}}},
+    },
 }
 
 
@@ -228,11 +232,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     mode: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = {"max_steps": 20, "save_steps": 6, "logging_steps": 2}
-    whole = recipe_of(settings, **MODES[mode], training=steps)
+    changes = {**MODES[mode], "data": {**settings["data"], **MODES[mode].get("data", {})}}
+    whole = recipe_of(settings, **changes, training=steps)
     train(whole)
-    stopped = recipe_of(
-        settings, **MODES[mode], training=steps, output_dir=str(tmp_path / "stopped")
-    )
+    stopped = recipe_of(settings, **changes, training=steps, output_dir=str(tmp_path / "stopped"))
     plain = language_model.run_to_the_end
 
     def stopping(trainer: Any, output_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""Examples → batches: the steps of a run as a data set, and padding.
+"""Examples → batches: the steps of a run as a data set, packing and padding.
 
 Padding stands on the right and no attention mask is made: attention is causal, so no real token
 ever sees the padding behind it, and nothing is learnt on padding.
@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from tokenizer_hf.errors import DataError
 from training.data.examples import Example
 from training.data.mixing import Mix, Pick
+from training.data.packing import layout
 from training.recipes import DIRECTIONS
 from unimodal.messages import IGNORED
 
@@ -34,8 +35,8 @@ class Steps(Dataset):
     """A whole run as a map-style data set of slots: slot // batch_size is the micro-batch.
 
     The examples of one optimizer step are built together, sorted by length and cut into the step's
-    micro-batches; each micro-batch is then padded by itself. Items must be asked for by whole
-    micro-batches, in any order, as ``DataLoader(batch_size=batch_size, shuffle=False)`` does.
+    micro-batches; each micro-batch is then packed or padded by itself. Items must be asked for by
+    whole micro-batches, in any order, as ``DataLoader(batch_size=batch_size, shuffle=False)`` does.
 
     Args:
         num_steps: optimizer steps of the run.
@@ -85,26 +86,45 @@ class Steps(Dataset):
         return self._batches[part]
 
 
-def collate(examples: Sequence[Example], pad_token_id: int = 0) -> dict[str, Any]:
-    """Pad a micro-batch.
+def collate(
+    examples: Sequence[Example], pad_token_id: int = 0, row_tokens: int | None = None
+) -> dict[str, Any]:
+    """Pad a micro-batch, or pack it into fewer rows and pad these.
+
+    Args:
+        row_tokens: as `training.data.packing.layout` takes it. None: a row for every example.
 
     Returns:
         input_ids: int64 (B, T), padded on the right with ``pad_token_id``.
-        labels: int64 (B, T), -100 where nothing is learnt; not shifted.
-        directions: int64 (B,), positions in `recipes.DIRECTIONS`.
-        lengths: int64 (B,), tokens without padding.
+        labels: int64 (B, T), -100 where nothing is learnt; not shifted. The first token of an
+            example has none: nothing before it predicts it.
+        segments: int64 (B, T), the number of the example that a token is of; 0 for padding.
+        position_ids: int64 (B, T), from 0 on in every example; only where a row has several.
+        directions: int64 (number of examples,), positions in `recipes.DIRECTIONS`.
+        lengths: int64 (number of examples,), tokens without padding.
     """
-    longest = max(len(example.input_ids) for example in examples)
-    input_ids = np.full((len(examples), longest), pad_token_id, dtype=np.int64)
-    labels = np.full((len(examples), longest), IGNORED, dtype=np.int64)
-    for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        input_ids[row, :length] = example.input_ids
-        labels[row, :length] = example.labels
+    lengths = [len(example.input_ids) for example in examples]
+    rows = layout(lengths, row_tokens)
+    shape = len(rows), max(sum(lengths[number] for number in row) for row in rows)
+    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    labels = np.full(shape, IGNORED, dtype=np.int64)
+    segments = np.zeros(shape, dtype=np.int64)
+    position_ids = np.zeros(shape, dtype=np.int64)
+    for row, numbers in enumerate(rows):
+        start = 0
+        for number in numbers:
+            stop = start + lengths[number]
+            input_ids[row, start:stop] = examples[number].input_ids
+            labels[row, start + 1 : stop] = examples[number].labels[1:]
+            segments[row, start:stop] = number
+            position_ids[row, start:stop] = np.arange(lengths[number])
+            start = stop
+    batch = {"input_ids": input_ids, "labels": labels, "segments": segments}
+    if len(rows) < len(examples):
+        batch["position_ids"] = position_ids
     directions = [DIRECTIONS.index(example.direction) for example in examples]
     return {
-        "input_ids": torch.from_numpy(input_ids),
-        "labels": torch.from_numpy(labels),
+        **{name: torch.from_numpy(values) for name, values in batch.items()},
         "directions": torch.tensor(directions),
-        "lengths": torch.tensor([len(example.input_ids) for example in examples]),
+        "lengths": torch.tensor(lengths),
     }
