@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -24,7 +25,9 @@ from unimodal.merge import copy_companions, find_folder
 logger = logging.getLogger(__name__)
 
 
-def add_adapter(model: Any, vocabulary: ImageVocabulary, recipe: LoraRecipe) -> PeftModel:
+def add_adapter(
+    model: Any, vocabulary: ImageVocabulary, recipe: LoraRecipe, *, norms: bool = False
+) -> PeftModel:
     """Put a LoRA on the linear layers and, unless ``recipe.rows`` is "none", train the image rows.
 
     The rows of an untied model are trained in both the embedding and the head; in a tied one the
@@ -32,6 +35,7 @@ def add_adapter(model: Any, vocabulary: ImageVocabulary, recipe: LoraRecipe) -> 
 
     Args:
         model: a merged causal LM.
+        norms: train the weights of all norms too; the adapter then holds them whole.
 
     Raises:
         ConfigurationError: ``target_modules`` names no layer of this model.
@@ -48,6 +52,7 @@ def add_adapter(model: Any, vocabulary: ImageVocabulary, recipe: LoraRecipe) -> 
         lora_dropout=recipe.dropout,
         target_modules=recipe.target_modules,
         trainable_token_indices=None if recipe.rows == "none" else rows,
+        modules_to_save=_norm_names(model) if norms else None,
     )
     try:
         adapted = get_peft_model(model, config)
@@ -56,7 +61,15 @@ def add_adapter(model: Any, vocabulary: ImageVocabulary, recipe: LoraRecipe) -> 
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for module in adapted.modules():
+        if norms and isinstance(module, ModulesToSaveWrapper):
+            module.register_forward_hook(_in_the_format_of_the_input)
     return adapted
+
+
+def _in_the_format_of_the_input(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """A trained norm has float32 weights, and its output would be so in a bfloat16 model."""
+    return output.to(inputs[0].dtype)
 
 
 def is_adapter_row(name: str) -> bool:
@@ -256,6 +269,17 @@ def _text_rows(model: Any, vocabulary: ImageVocabulary) -> list[Tensor]:
     keep[vocabulary.new_token_ids] = False
     modules = (model.get_input_embeddings(), model.get_output_embeddings())
     return [module.weight.detach()[keep].clone() for module in modules]
+
+
+def _norm_names(model: nn.Module) -> list[str]:
+    """Return the last parts of the names of all modules whose parameters are vectors alone."""
+    return sorted(
+        {
+            name.split(".")[-1]
+            for name, module in model.named_modules()
+            if (own := list(module.parameters())) and all(p.ndim == 1 for p in own)
+        }
+    )
 
 
 def _leaf_name(model: nn.Module, wanted: nn.Module) -> str:

@@ -754,7 +754,8 @@ def language_model_estimate(recipe: Any) -> Estimate:
             attn_implementation=recipe.attention,
         )
         if recipe.mode != "full":
-            model = add_adapter(model, processor.vocabulary, recipe.lora)
+            norms = recipe.optimizer.norms_learning_rate is not None
+            model = add_adapter(model, processor.vocabulary, recipe.lora, norms=norms)
     with fake(model):
         if recipe.mode != "full" and recipe.lora.rows == "factored":
             config = ImageTokenizerConfig.from_pretrained(folder / "image_tokenizer")

@@ -63,7 +63,8 @@ def train(recipe: LanguageModelRecipe, *, resume: bool = True) -> Path:
     if recipe.mode == "full":
         is_row = table_names(model)
     else:
-        model = add_adapter(model, processor.vocabulary, recipe.lora)
+        norms = recipe.optimizer.norms_learning_rate is not None
+        model = add_adapter(model, processor.vocabulary, recipe.lora, norms=norms)
         if recipe.lora.rows == "factored":
             config = ImageTokenizerConfig.from_pretrained(folder / "image_tokenizer")
             factors, code_shares = config.code_factors(), examples.code_shares()

@@ -26,7 +26,7 @@ def make_optimizer(
     """Make the optimizer of a run.
 
     Groups: rows (with ``rows_learning_rate``, never decayed), hidden 2-D weights (decayed; Muon's
-    if asked), everything else (norms, biases; never decayed).
+    if asked), everything else (norms, biases; with ``norms_learning_rate``, never decayed).
 
     Args:
         is_row: tells by its name whether a parameter holds rows of the embedding or the head.
@@ -39,6 +39,7 @@ def make_optimizer(
             group = rows if is_row(name) else matrices if parameter.ndim == 2 else others
             group.append(parameter)
     rows_rate = recipe.rows_learning_rate or 1.5 * recipe.learning_rate
+    others_rate = recipe.norms_learning_rate or recipe.learning_rate
     groups: list[dict[str, Any]] = [
         {"params": rows, "lr": rows_rate, "weight_decay": 0.0, "muon": False},
         {
@@ -47,7 +48,7 @@ def make_optimizer(
             "weight_decay": recipe.weight_decay,
             "muon": recipe.name == "muon",
         },
-        {"params": others, "lr": recipe.learning_rate, "weight_decay": 0.0, "muon": False},
+        {"params": others, "lr": others_rate, "weight_decay": 0.0, "muon": False},
     ]
     groups = [group for group in groups if group["params"]]
     return MuonAdamW(groups, lr=recipe.learning_rate, betas=recipe.betas)

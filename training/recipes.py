@@ -107,7 +107,11 @@ class LoraRecipe:
 
 @dataclass(kw_only=True)
 class OptimizerRecipe:
-    """One optimizer, three groups of parameters, each with its learning rate."""
+    """One optimizer, three groups of parameters, each with its learning rate.
+
+    That norms alone can adapt a frozen transformer is Lu et al. 2021, "Pretrained Transformers as
+    Universal Computation Engines" (arXiv 2103.05247, §2.2); here they may join the LoRA.
+    """
 
     name: Literal["adamw", "muon"] = "adamw"
     """With "muon": Muon for hidden 2-D weights, scaled to AdamW's step size; AdamW for the rest."""
@@ -115,6 +119,9 @@ class OptimizerRecipe:
     """The hidden weights; in modes lora and qlora the LoRA matrices."""
     rows_learning_rate: float | None = None
     """The new rows; in mode full the embedding and the head. None: 1.5 × learning_rate."""
+    norms_learning_rate: float | None = None
+    """Norms (and in mode full biases). None: in mode full ``learning_rate``; in modes lora and
+    qlora norms are not trained. An adapter with norms can be merged, but vLLM cannot swap it."""
     rows_first_steps: int = 0
     """Steps at the start in which only the new rows are trained."""
     weight_decay: float = 0.0
@@ -122,10 +129,10 @@ class OptimizerRecipe:
     betas: tuple[float, float] = (0.9, 0.98)
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise ConfigurationError(
-                f"optimizer.learning_rate must be positive, got {self.learning_rate}"
-            )
+        for name in ("learning_rate", "rows_learning_rate", "norms_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None and rate <= 0:
+                raise ConfigurationError(f"optimizer.{name} must be positive, got {rate}")
         _at_least("optimizer.rows_first_steps", self.rows_first_steps, 0)
 
 

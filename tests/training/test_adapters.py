@@ -23,11 +23,10 @@ def vocabulary_of(folder: Path) -> ImageVocabulary:
     return UnimodalProcessor.from_pretrained(folder, load_image_tokenizer=False).vocabulary
 
 
-def make_adapter(base: Path, out: Path) -> Path:
-    """An adapter with random LoRA matrices and rows, as a run would save it."""
-    model = add_adapter(
-        AutoModelForCausalLM.from_pretrained(base), vocabulary_of(base), LoraRecipe(rank=4)
-    )
+def make_adapter(base: Path, out: Path, *, norms: bool = False) -> Path:
+    """An adapter with random LoRA matrices, rows and, if asked, norms, as a run would save it."""
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    model = add_adapter(plain, vocabulary_of(base), LoraRecipe(rank=4), norms=norms)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -52,13 +51,16 @@ def base(merged: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(merged, tmp_path / "base"))
 
 
+@pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize(
     ("family", "tied"),
     [("qwen3", True), ("llama", False), ("gemma3_text", True), ("gpt_neox", False)],
 )
-def test_merged_logits_are_the_adapters(family: str, tied: bool, tmp_path: Path) -> None:
+def test_merged_logits_are_the_adapters(
+    family: str, tied: bool, norms: bool, tmp_path: Path
+) -> None:
     folder = toy_merged_folder(tmp_path, family, tied=tied)
-    adapter = make_adapter(folder, tmp_path / "adapter")
+    adapter = make_adapter(folder, tmp_path / "adapter", norms=norms)
     result = merge_adapter(adapter, tmp_path / "out")
     expected = logits_of(folder, adapter)
     assert (expected - logits_of(folder)).abs().max() > 0.05  # the adapter does something
@@ -67,6 +69,10 @@ def test_merged_logits_are_the_adapters(family: str, tied: bool, tmp_path: Path)
     before = AutoModelForCausalLM.from_pretrained(folder)
     after = AutoModelForCausalLM.from_pretrained(result.folder)
     assert after.config.tie_word_embeddings is tied
+    vectors = {name for name, p in before.named_parameters() if p.ndim == 1 and "norm" in name}
+    now = dict(after.named_parameters())
+    changed_vectors = {n for n, p in before.named_parameters() if (p != now[n]).any()} & vectors
+    assert changed_vectors == (vectors if norms else set()) and vectors
     vocabulary = vocabulary_of(folder)
     for one, other in (
         (before.get_input_embeddings(), after.get_input_embeddings()),

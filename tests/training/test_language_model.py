@@ -188,7 +188,7 @@ def test_a_disabled_adapter_is_the_base(merged: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(merged)
     ids = torch.randint(0, processor.vocabulary.vocab_size, (2, 9))
     expected = base(input_ids=ids).logits
-    model = add_adapter(base, processor.vocabulary, LoraRecipe(rank=4))
+    model = add_adapter(base, processor.vocabulary, LoraRecipe(rank=4), norms=True)
     fold_lora(model)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -217,7 +217,10 @@ MODES = {
     "lora": {"lora": {"rank": 4, "dropout": 0.1}},
     "folded": {"lora": {"rank": 4}, "loss": {"text_kl": 0.2}},
     "full": {"mode": "full", "optimizer": {"name": "muon", "rows_first_steps": 4}},
-    "factored": {"lora": {"rank": 4, "rows": "factored"}},
+    "factored": {
+        "lora": {"rank": 4, "rows": "factored"},
+        "optimizer": {"norms_learning_rate": 1.0e-2},
+    },
     "qlora": {"mode": "qlora", "lora": {"rank": 4}},
     "packed": {
         "loss": {"text_kl": 0.2},
@@ -350,6 +353,20 @@ def test_lora_trains_layers_and_rows_only(finished_run: Path, merged: Path) -> N
     assert len(drawn) == 1
 
 
+@pytest.mark.parametrize("mode", ["lora", "qlora"])
+def test_norms_are_trained_on_request(mode: str, settings: dict[str, Any], merged: Path) -> None:
+    rates = {"norms_learning_rate": 1e-2}
+    folder = train(recipe_of(settings, mode=mode, dtype="bfloat16", optimizer=rates))
+    base, saved = weights(merged), weights(folder)
+    norms = {name for name in base if name.endswith("norm.weight")}
+    changed = {
+        name for name in norms if (saved[f"base_model.model.{name}"] != base[name].float()).any()
+    }
+    assert changed == norms and len(norms) == 9
+    drawn = Unimodal.from_pretrained(merged, adapter=folder).draw("a red circle", seed=1)
+    assert len(drawn) == 1
+
+
 def test_rows_first_leaves_everything_else_alone(settings: dict[str, Any], merged: Path) -> None:
     for mode in ("lora", "full"):
         recipe = recipe_of(
@@ -391,7 +408,9 @@ def test_groups_have_their_learning_rates(merged: Path) -> None:
     assert (matrices["lr"], matrices["weight_decay"], len(matrices["params"])) == (1e-3, 0.1, 28)
     model = AutoModelForCausalLM.from_pretrained(merged)
     tables, hidden, norms = make_optimizer(model, recipe, table_names(model)).param_groups
-    assert tables["params"][0] is model.get_input_embeddings().weight
+    assert tables["params"][0] is model.get_input_embeddings().weight and norms["lr"] == 1e-3
+    recipe = OptimizerRecipe(learning_rate=1e-3, norms_learning_rate=7e-3)
+    assert make_optimizer(model, recipe, table_names(model)).param_groups[2]["lr"] == 7e-3
     assert all(p.ndim == 2 for p in hidden["params"]) and all(p.ndim == 1 for p in norms["params"])
 
 
@@ -417,6 +436,7 @@ def test_qlora_holds_the_base_in_4_bits(settings: dict[str, Any]) -> None:
         ({"training": {"max_steps": 0}}, "max_steps must be a positive"),
         ({"training": {"learning_rate": 1e-3}}, r"optimizer\.learning_rate"),
         ({"optimizer": {"learning_rate": "fast"}}, r"optimizer\.learning_rate must be float"),
+        ({"optimizer": {"norms_learning_rate": 0.0}}, r"norms_learning_rate must be positive"),
         ({"mode": "full", "loss": {"text_kl": 1.0}}, "text_kl needs mode lora"),
         ({"lora": {"target_modules": ["nothing"]}}, r"lora\.target_modules"),
         ({"data": {"weights": {"drawing": 1}}}, "did you mean draw"),
