@@ -1,11 +1,17 @@
 """README keeps its word: every link leads somewhere, every command and option exists."""
 
+import random
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
+
+from eval.shapes.render import render
+from eval.shapes.scene import sample_scene
+from unimodal.shipped import resolve
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -38,6 +44,22 @@ def test_commands_and_options_exist(page: Path) -> None:
         for word in words[2:]:
             if word.startswith("--") and word != "--" and " " not in word:  # a value in quotes
                 assert word.split("=")[0] in known | {"--help", "--debug"}, f"{page.name}: {line}"
+
+
+def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after `make demo`, whose model is of the shipped one's kind."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "model").symlink_to(resolve("shipped:model"))
+    render(sample_scene(random.Random(0))).save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, found)
+    assert found["codes"].shape == (1, 16) and "in [0, 1920)" in text
+    assert found["tokenizer"].config.codebook_size == 1920
+    assert len(blocks) == 2 and "model" in found
 
 
 def test_the_guided_tour_names_the_walk() -> None:
