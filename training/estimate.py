@@ -530,7 +530,7 @@ def _estimate(
     batch, parts = values["per_device_train_batch_size"], values["gradient_accumulation_steps"]
     sampled = min(SAMPLED_STEPS, values["max_steps"])
     with unset_fake_temporarily():
-        means = examples.mean_loss_tokens()
+        means = examples.mean_loss_tokens([name for name, w in weights.items() if w > 0])
         mix = Mix(examples.num_items, means, weights, batch * parts, seed=values["seed"])
         steps = Steps(examples, mix, sampled, batch, parts)
         size = row_tokens(packing, recipe.attention)
@@ -691,12 +691,13 @@ def estimate_recipe(path: str | Path, overrides: Sequence[str] = ()) -> list[Est
         TextModelRecipe,
         build_recipe,
         load_content,
+        load_recipe,
     )
 
     file = demo_recipe_file(path)
     content = load_content(file, overrides)
     if "model" in content:
-        return [language_model_estimate(build_recipe(LanguageModelRecipe, content))]
+        return [language_model_estimate(load_recipe(LanguageModelRecipe, file, overrides))]
     if isinstance(content.get("data"), list):
         recipe = build_recipe(TokenizerRecipe, content)
         return [image_tokenizer_estimate(recipe, recipe.count_pictures())]

@@ -75,6 +75,8 @@ def unseen_combinations(factors: np.ndarray, shares: np.ndarray) -> np.ndarray:
     Returns:
         bool (K,).
     """
+    if factors.shape[1] < 2:  # opaque codes: nothing tells which could be
+        return np.zeros(len(factors), dtype=bool)
     values = factors - factors.min(0)
     seen = shares > 0
     possible = ~seen

@@ -16,7 +16,7 @@ from training.data.examples import Examples
 from training.data.mixing import Mix
 from training.data.packing import row_tokens
 from training.factored_rows import share_rows, unseen_combinations
-from training.recipes import LanguageModelRecipe
+from training.recipes import DataRecipe, LanguageModelRecipe
 from training.runs import close_run, digest, open_run, publishing, run_to_the_end
 from training.trainer import UnimodalTrainer, training_arguments
 from unimodal.merge import copy_companions, find_folder
@@ -83,7 +83,7 @@ def train(recipe: LanguageModelRecipe, *, resume: bool = True) -> Path:
     curriculum = recipe.data.curriculum
     mix = Mix(
         examples.num_items,
-        examples.mean_loss_tokens(),
+        examples.mean_loss_tokens(directions_of(recipe.data)),
         recipe.data.weights,
         examples_per_step=micro_batches(args) * args.per_device_train_batch_size,
         prompt_dropout=recipe.data.prompt_dropout,
@@ -149,6 +149,12 @@ def table_names(model: Any) -> Callable[[str], bool]:
     tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
     names = {n for n, p in model.named_parameters() if any(p is table for table in tables)}
     return names.__contains__
+
+
+def directions_of(recipe: DataRecipe) -> set[str]:
+    """Return the directions that are trained at some time in a run."""
+    early = recipe.curriculum.weights if recipe.curriculum else {}
+    return {name for weights in (recipe.weights, early) for name, w in weights.items() if w > 0}
 
 
 def make_steps(examples: Any, mix: Mix, args: Any) -> Steps:

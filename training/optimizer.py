@@ -26,18 +26,19 @@ def make_optimizer(
     """Make the optimizer of a run.
 
     Groups: rows (with ``rows_learning_rate``, never decayed), hidden 2-D weights (decayed; Muon's
-    if asked), everything else (norms, biases; with ``norms_learning_rate``, never decayed).
+    if asked), hidden weights of more dimensions, such as stacked experts (decayed, always
+    AdamW's), everything else (norms, biases; with ``norms_learning_rate``, never decayed).
 
     Args:
         is_row: tells by its name whether a parameter holds rows of the embedding or the head.
     """
     rows: list[nn.Parameter] = []
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    by_ndim: dict[int, list[nn.Parameter]] = {1: [], 2: [], 3: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            group = rows if is_row(name) else matrices if parameter.ndim == 2 else others
+            group = rows if is_row(name) else by_ndim[min(max(parameter.ndim, 1), 3)]
             group.append(parameter)
+    others, matrices, stacked = by_ndim.values()
     rows_rate = recipe.rows_learning_rate or 1.5 * recipe.learning_rate
     others_rate = recipe.norms_learning_rate or recipe.learning_rate
     groups: list[dict[str, Any]] = [
@@ -47,6 +48,12 @@ def make_optimizer(
             "lr": recipe.learning_rate,
             "weight_decay": recipe.weight_decay,
             "muon": recipe.name == "muon",
+        },
+        {
+            "params": stacked,
+            "lr": recipe.learning_rate,
+            "weight_decay": recipe.weight_decay,
+            "muon": False,
         },
         {"params": others, "lr": others_rate, "weight_decay": 0.0, "muon": False},
     ]

@@ -239,11 +239,18 @@ def load_recipe(kind: type[R], path: str | Path, overrides: Iterable[str] = ()) 
         ConfigurationError: no such file, not YAML, an unknown or missing field, a value of the
             wrong type or out of range; the message names the field and the nearest known one.
     """
-    return build_recipe(kind, load_content(path, overrides))
+    return build_recipe(kind, load_content(path, overrides, kind))
 
 
-def load_content(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """Read a recipe's fields without checking them; raises ConfigurationError as `load_recipe`."""
+def load_content(
+    path: str | Path, overrides: Iterable[str] = (), kind: Any = None
+) -> dict[str, Any]:
+    """Read a recipe's fields without checking them; raises ConfigurationError as `load_recipe`.
+
+    Args:
+        kind: the recipe's dataclass. Known, an override of one key of a mapping that the file does
+            not give (``data.weights.text=4``) leaves the mapping's other defaults as they are.
+    """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -255,7 +262,7 @@ def load_content(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, A
             f"{path} must hold a mapping of fields, got {type(content).__name__}"
         )
     for override in overrides:
-        _apply(content, override)
+        _apply(content, override, kind)
     return content
 
 
@@ -290,13 +297,14 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str 
     return found
 
 
-def _apply(content: dict[str, Any], override: str) -> None:
+def _apply(content: dict[str, Any], override: str, kind: Any) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name.strip():
         raise ConfigurationError(f"--set takes name=value, got {override!r}")
     *parents, last = name.strip().split(".")
     for parent in parents:
-        content = content.setdefault(parent, {})
+        default, kind = _inside(kind, parent)
+        content = content.setdefault(parent, default)
         if not isinstance(content, dict):
             raise ConfigurationError(
                 f"--set {override}: {parent} is a value, not a group of fields"
@@ -305,6 +313,22 @@ def _apply(content: dict[str, Any], override: str) -> None:
         content[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigurationError(f"--set {override}: the value is not valid YAML") from error
+
+
+def _inside(kind: Any, name: str) -> tuple[dict[str, Any], Any]:
+    """Return a field's default if it is a mapping, else {}; and its dataclass if it is a group."""
+    if not dataclasses.is_dataclass(kind):
+        return {}, None
+    for found in dataclasses.fields(kind):
+        if found.name == name:
+            hint = typing.get_type_hints(kind)[name]
+            groups = [
+                one for one in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(one)
+            ]
+            if not groups and found.default_factory is not dataclasses.MISSING:
+                return dict(found.default_factory()), None
+            return {}, groups[0] if groups else None
+    return {}, None
 
 
 def _build(kind: Any, content: Any, where: str) -> Any:

@@ -60,14 +60,14 @@ def open_run(recipe: R, identity: Mapping[str, str], resume: bool) -> tuple[bool
 
     Returns:
         whether the run is finished already, and the recipe with its automatic fields resolved (on
-        resuming: as the first start resolved them).
+        resuming: as the first start resolved them). A run without any checkpoint begins anew.
 
     Raises:
         ConfigurationError: the folder holds a run of another recipe or of other data.
     """
     folder = Path(recipe.output_dir)
     started = (folder / RUN_FILE).is_file()
-    if started and not resume:
+    if started and (not resume or not _has_results(folder)):
         _remove_run(folder)
         started = False
     for stale in folder.glob(".saving-*"):
@@ -154,6 +154,12 @@ def close_run(output_dir: Path, **facts: Any) -> None:
     """Write into ``run.json`` that the run is finished, and what is known about its result."""
     run = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))
     _write_run(output_dir, {**run, **facts, "finished": True})
+
+
+def _has_results(folder: Path) -> bool:
+    """Tell whether a run got as far as a checkpoint. Before that there is nothing to go on from."""
+    run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    return bool(run.get("finished")) or last_whole_checkpoint(folder) is not None
 
 
 def _write_run(folder: Path, content: Mapping[str, Any]) -> None:

@@ -75,8 +75,8 @@ def training_arguments(output_dir: str, bf16: bool, values: dict[str, Any]) -> T
     """Make TrainingArguments from a recipe's ``training`` block over our defaults.
 
     Raises:
-        ConfigurationError: no max_steps, an argument that transformers does not know, or one that
-            the recipe sets elsewhere.
+        ConfigurationError: no max_steps, an argument that transformers does not know, one that
+            the recipe sets elsewhere; more than one device.
     """
     for name, field in RECIPE_FIELDS.items():
         if name in values:
@@ -86,7 +86,7 @@ def training_arguments(output_dir: str, bf16: bool, values: dict[str, Any]) -> T
             f"training.max_steps must be a positive integer, got {values.get('max_steps')!r}"
         )
     try:
-        return TrainingArguments(
+        args = TrainingArguments(
             output_dir=output_dir,
             bf16=bf16,
             use_cpu=not torch.cuda.is_available(),
@@ -96,6 +96,12 @@ def training_arguments(output_dir: str, bf16: bool, values: dict[str, Any]) -> T
         )
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"training: transformers.TrainingArguments: {error}") from error
+    if args.n_gpu > 1 or args.world_size > 1:
+        raise ConfigurationError(
+            f"a run uses one device, found {max(args.n_gpu, args.world_size)}; give it one with "
+            "CUDA_VISIBLE_DEVICES=0, and start it without torchrun or accelerate launch"
+        )
+    return args
 
 
 def default_attention(name: str) -> str:

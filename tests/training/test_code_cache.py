@@ -140,6 +140,8 @@ def test_chats_keep_their_codes_in_place(pictures: Path, tmp_path: Path) -> None
     plain = build_cache(str(pictures), model, tmp_path / "plain", progress=False)
     found = chats.messages(0)
     assert found is not None and chats.has_messages.tolist() == [True]
+    assert chats.chat_codes(0) == [plain.codes(0).tolist(), plain.codes(2).tolist()]
+    assert plain.chat_codes(0) == []
     assert found[0]["content"][0] == {"type": "image", "codes": plain.codes(0).tolist()}
     assert found[1]["content"][0] == {"type": "image", "codes": plain.codes(2).tolist()}
     assert plain.messages(0) is None

@@ -98,6 +98,8 @@ def test_combinations_that_could_be_are_told_from_those_that_could_not() -> None
     found = unseen_combinations(FACTORS, shares.reshape(-1))
     assert [tuple(code) for code in FACTORS[found]] == [(2, 4 + 1)]
     assert not unseen_combinations(FACTORS, np.ones(12)).any()
+    opaque = np.arange(4)[:, None]  # VQ: one factor, so nothing could tell what could be
+    assert not unseen_combinations(opaque, np.array([1.0, 0, 0, 0])).any()
 
 
 def test_what_training_never_shows_does_not_count_against_a_code(parts: Path) -> None:

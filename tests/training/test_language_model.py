@@ -14,10 +14,10 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from tests.toy import LLM_FAMILIES, tiny_llm
-from tokenizer_hf.errors import ConfigurationError, MismatchError
+from tokenizer_hf.errors import CheckpointError, ConfigurationError, DataError, MismatchError
 from training import language_model, recipes
 from training.adapters import add_adapter, fold_lora, is_adapter_row
 from training.data.code_cache import CodeCache
@@ -25,6 +25,7 @@ from training.language_model import load_model, table_names, train
 from training.optimizer import make_optimizer, orthogonalise
 from training.precision import bf16_is_faster
 from training.recipes import (
+    DataRecipe,
     LanguageModelRecipe,
     LoraRecipe,
     OptimizerRecipe,
@@ -34,7 +35,7 @@ from training.recipes import (
     recipe_to_dict,
     save_recipe,
 )
-from training.trainer import labelled_positions, last_whole_checkpoint
+from training.trainer import labelled_positions, last_whole_checkpoint, training_arguments
 from unimodal.pipeline import Unimodal
 from unimodal.processing_unimodal import UnimodalProcessor
 
@@ -300,6 +301,20 @@ def test_another_recipe_is_refused_in_the_same_folder(
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 8
 
 
+def test_a_run_that_never_got_anywhere_blocks_nothing(settings: dict[str, Any]) -> None:
+    broken = recipe_of(settings, data={**settings["data"], "caches": ["no-such-folder"]})
+    with pytest.raises(CheckpointError, match="no-such-folder"):
+        train(broken)
+    assert (train(recipe_of(settings)) / "adapter_config.json").is_file()
+
+
+def test_a_direction_of_weight_0_need_not_fit(settings: dict[str, Any]) -> None:
+    short = {**settings["data"], "max_length": 16, "weights": {"text": 1, "caption": 0}}
+    assert (train(recipe_of(settings, data=short)) / "adapter_config.json").is_file()
+    with pytest.raises(DataError, match="every caption example is longer"):
+        train(recipe_of(settings, data={**short, "weights": {"caption": 1}}), resume=False)
+
+
 def test_changed_data_are_refused(settings: dict[str, Any], finished: Path, text: Path) -> None:
     before = text.read_text()
     text.write_text(before + '{"text": "one more"}\n')
@@ -412,6 +427,18 @@ def test_groups_have_their_learning_rates(merged: Path) -> None:
     recipe = OptimizerRecipe(learning_rate=1e-3, norms_learning_rate=7e-3)
     assert make_optimizer(model, recipe, table_names(model)).param_groups[2]["lr"] == 7e-3
     assert all(p.ndim == 2 for p in hidden["params"]) and all(p.ndim == 1 for p in norms["params"])
+    model.experts = torch.nn.Parameter(torch.ones(2, 3, 4))  # as transformers stacks them
+    recipe = OptimizerRecipe(name="muon", weight_decay=0.1, norms_learning_rate=7e-3)
+    *_, stacked, _ = make_optimizer(model, recipe, table_names(model)).param_groups
+    assert stacked["params"] == [model.experts] and stacked["lr"] == recipe.learning_rate
+    assert stacked["weight_decay"] == 0.1 and not stacked["muon"]
+
+
+@pytest.mark.parametrize("found", ["n_gpu", "world_size"])
+def test_several_devices_are_refused(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingArguments, found, property(lambda self: 2))
+    with pytest.raises(ConfigurationError, match="one device, found 2"):
+        training_arguments("out", False, {"max_steps": 1})
 
 
 def test_qlora_holds_the_base_in_4_bits(settings: dict[str, Any]) -> None:
@@ -487,6 +514,12 @@ def test_recipes_come_back_from_yaml(settings: dict[str, Any], tmp_path: Path) -
     assert changed.optimizer.learning_rate == 1e-4
     assert changed.data.weights["draw"] == 7.0 and changed.training["seed"] == 3
     assert recipe_to_dict(changed)["optimizer"]["betas"] == [0.9, 0.98]
+    (tmp_path / "short.yaml").write_text("model: a\noutput_dir: b\n")
+    one = load_recipe(LanguageModelRecipe, tmp_path / "short.yaml", ["data.weights.text=9"])
+    assert one.data.weights == {**DataRecipe().weights, "text": 9.0}
+    early = ["data.curriculum.steps=5", "data.curriculum.weights.text=1"]
+    two = load_recipe(LanguageModelRecipe, tmp_path / "short.yaml", early)
+    assert two.data.curriculum is not None and two.data.curriculum.weights == {"text": 1.0}
     with pytest.raises(ConfigurationError, match="no recipe at"):
         load_recipe(LanguageModelRecipe, tmp_path / "nowhere.yaml")
 

@@ -147,6 +147,17 @@ def test_the_shares_of_codes_are_those_of_the_caches(examples: Examples) -> None
         assert shares[code] == pytest.approx(values.count(code) / len(values))
 
 
+def test_pictures_that_only_chats_hold_count_as_well(merged: Path, tmp_path: Path) -> None:
+    pictures = write_pictures(tmp_path / "pictures", 2)
+    image = {"type": "image", "image": str((pictures / "001.png").resolve())}
+    turns = [user("Draw."), {"role": "assistant", "content": [image]}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    cache = build_cache(tmp_path / "chat.jsonl", merged, tmp_path / "codes", progress=False)
+    shares = Examples(processor_of(merged), [tmp_path / "codes"]).code_shares()
+    assert set(np.flatnonzero(shares).tolist()) == set(cache.chat_codes(0)[0])
+    assert shares.sum() == pytest.approx(1)
+
+
 def test_pictures_are_drawn_from_their_prompts_where_they_have_some(
     merged: Path, tmp_path: Path
 ) -> None:

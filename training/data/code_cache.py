@@ -257,6 +257,10 @@ class CodeCache:
         pair = self._questions[position].as_py()
         return pair["question"], pair["answer"]
 
+    def chat_codes(self, row: int) -> list[Any]:
+        """Return the codes of each picture of a chat row, as `messages` holds them."""
+        return [part["codes"] for part in _image_parts(self.messages(row) or [])]
+
     def messages(self, row: int) -> list[dict[str, Any]] | None:
         """Return a chat row's messages, image parts holding codes; None for a picture row."""
         value = self._messages[row].as_py()

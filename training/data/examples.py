@@ -2,7 +2,7 @@
 
 import logging
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from training.data.code_cache import CodeCache
 from training.data.mixing import Pick
 from training.data.rendering import Renderer, tokenize
 from training.data.sources import Skipped, read_text, report
+from training.recipes import DIRECTIONS
 from unimodal.messages import IGNORED
 from unimodal.processing_unimodal import UnimodalProcessor
 
@@ -33,7 +34,7 @@ class Example:
     Attributes:
         input_ids: int64 (T,).
         labels: int64 (T,), -100 where nothing is learnt; not shifted.
-        direction: "draw", "caption", "question", "text" or "chat".
+        direction: one of `training.recipes.DIRECTIONS`.
     """
 
     input_ids: np.ndarray
@@ -56,8 +57,8 @@ class Examples:
         processor: of the merged model.
         caches: code caches made by the model's image tokenizer.
         text: JSONL files of the text direction.
-        max_length: tokens that a plain text is cut into; longer examples of other kinds are left
-            out.
+        max_length: tokens that a text, a chat in words too, is cut into; longer examples of other
+            kinds are left out.
 
     Attributes:
         num_items: number of pictures, texts or chats of each direction.
@@ -156,19 +157,27 @@ class Examples:
         books, size = vocabulary.num_codebooks, vocabulary.codebook_size
         counts = np.zeros((books, size))
         for cache in self.caches:
+            chats = np.flatnonzero(cache.has_messages).tolist()
+            drawn = [np.ravel(codes) for row in chats for codes in cache.chat_codes(row)]
+            values = np.concatenate([cache.code_values, *drawn])
             for book, one in enumerate(counts):
-                one += np.bincount(cache.code_values[book::books], minlength=size)
+                one += np.bincount(values[book::books], minlength=size)
         return (counts / np.maximum(1, counts.sum(1, keepdims=True))).reshape(-1)
 
-    def mean_loss_tokens(self, samples: int = 256) -> dict[str, float]:
+    def mean_loss_tokens(
+        self, directions: Collection[str] = DIRECTIONS, samples: int = 256
+    ) -> dict[str, float]:
         """Return the mean number of loss tokens of each direction, from evenly spread items.
+
+        Args:
+            directions: only these, and of them only those with data.
 
         Raises:
             DataError: all of the sampled examples of a direction are too long.
         """
         means = {}
         for name, count in self.num_items.items():
-            if not count:
+            if not count or name not in directions:
                 continue
             items = np.unique(np.linspace(0, count - 1, samples).astype(int))
             picks = [Pick(name, int(item), k, False) for k, item in enumerate(items)]
@@ -200,7 +209,7 @@ class TextExamples:
         """Return the examples of ``picks``."""
         return [self.texts[pick.item] for pick in picks]
 
-    def mean_loss_tokens(self) -> dict[str, float]:
+    def mean_loss_tokens(self, directions: Collection[str] = ("text",)) -> dict[str, float]:
         """Return the mean number of loss tokens of a text."""
         return {"text": float(np.mean(self.texts.lengths() - 1))}
 

@@ -19,7 +19,7 @@ class Pick:
     """One example of a step.
 
     Attributes:
-        direction: "draw", "caption", "question", "text" or "chat".
+        direction: one of `training.recipes.DIRECTIONS`.
         item: which picture, text or chat of that direction, in [0, number of items).
         choice: a random number in [0, 2³¹) that chooses among the item's captions or questions.
         dropped: draw with the empty prompt.
