@@ -471,7 +471,8 @@ class _Walk:
         held_out: Any = self.path("world")
         train: Any = None
         if self.recipe.shapes is None:
-            held_out = list(_captioned(open_source(self.pictures["validation"])))
+            source = open_source(self.pictures["validation"], split="validation")
+            held_out = list(_captioned(source))
             train = _captioned(open_source(self.pictures["train"]))
         evaluate(
             self.path("model"),
@@ -518,7 +519,7 @@ class _Walk:
 
         wanted = (self.recipe.serve_check or {}).get("prompts", 16)
         found: list[str] = []
-        for row in open_source(self.pictures["validation"]):
+        for row in open_source(self.pictures["validation"], split="validation"):
             if row.captions:
                 found.append(row.captions[0])
             if len(found) == wanted:

@@ -76,7 +76,8 @@ class TokenizerRecipe:
     """Learn from the first so many pictures of ``data`` only. They are all read beforehand (48 KiB
     each at 128 pixels; beyond 1 GiB into a temporary file)."""
     held_out_data: list[str] = field(default_factory=list)
-    """Pictures to measure on. Empty: ``held_out`` pictures are taken out of ``data``."""
+    """Pictures to measure on, of the split "validation" where there are splits. Empty: ``held_out``
+    pictures are taken out of ``data``."""
     held_out: int = 256
     """Pictures to measure on, at most."""
     tokenizer: dict[str, Any] = field(default_factory=dict)
@@ -508,9 +509,13 @@ def _read(
     processor: ImageTokenizerImageProcessor,
     limit: int | None,
     with_captions: bool,
+    split: str = "train",
 ) -> tuple[np.ndarray, list[list[str]]]:
-    """Pictures as :func:`read_pictures`, and of each its captions that have a word."""
-    opened = [open_source(name, need_text=False) for name in sources]
+    """Pictures as :func:`read_pictures`, and of each its captions that have a word.
+
+    ``split``: of hub data sets, and of folders that have a sub-folder of that name.
+    """
+    opened = [open_source(name, split=split, need_text=False) for name in sources]
     most = sum(map(len, opened))
     most = most if limit is None else min(most, limit)
     pictures = _room_for((most, processor.size, processor.size, 3))
@@ -567,7 +572,9 @@ def _read_data(recipe: TokenizerRecipe, processor: ImageTokenizerImageProcessor)
     pictures, captions = _read(recipe.data, processor, recipe.num_pictures, aligns)
     learnt = np.arange(len(pictures))
     if recipe.held_out_data:
-        held_out, theirs = _read(recipe.held_out_data, processor, recipe.held_out, aligns)
+        held_out, theirs = _read(
+            recipe.held_out_data, processor, recipe.held_out, aligns, split="validation"
+        )
     else:
         if len(pictures) <= recipe.held_out:
             raise DataError(

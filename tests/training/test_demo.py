@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from tests.training.conftest import write_pictures
 from tokenizer_hf.errors import ConfigurationError
-from training.demo import load_demo_recipe, run_demo
+from training.demo import DemoRecipe, _Walk, load_demo_recipe, run_demo
 
 TINY = {
     "shapes": {"n": 96, "level": "board", "captions_per_picture": 2, "validation": 24},
@@ -115,3 +117,25 @@ def test_recipes_of_the_package_load(name: str) -> None:
     recipe = load_demo_recipe(name)
     assert (recipe.shapes is None) == (name == "emoji")
     assert recipe.lora
+
+
+def test_what_is_measured_comes_from_the_validation_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = tmp_path / "both"  # as a hub data set has it: one name, two splits
+    write_pictures(both / "train", 6)
+    write_pictures(both / "validation", 3)
+    recipe = DemoRecipe(
+        pictures={"train": str(both), "validation": str(both)},
+        text={"train": [], "validation": []},
+    )
+    walk = _Walk(recipe, tmp_path / "walk", seed=0)
+    seen: dict[str, int] = {}
+
+    def evaluate(model: str, llm: str, held_out: Any, *_: Any, **named: Any) -> None:
+        seen.update(held_out=len(held_out), train=len(list(named["train_pictures"])))
+
+    monkeypatch.setattr("eval.evaluate.evaluate", evaluate)
+    walk.evaluate()
+    assert seen == {"held_out": 3, "train": 6}
+    assert len(walk.serve_prompts()) == 3

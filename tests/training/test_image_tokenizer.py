@@ -279,6 +279,17 @@ def test_recipes_that_cannot_be(settings, message, pictures, tmp_path):
         train_image_tokenizer(make_recipe(pictures, tmp_path, **settings))
 
 
+def test_held_out_data_are_read_at_their_validation_split(pictures, tmp_path):
+    both = tmp_path / "both"
+    for split, count in (("train", 40), ("validation", 5)):
+        (both / split).mkdir(parents=True)
+        for file in sorted(pictures.iterdir())[:count]:
+            shutil.copy(file, both / split)
+    recipe = make_recipe(both, tmp_path, held_out_data=[str(both)], max_steps=1)
+    metrics = json.loads((train_image_tokenizer(recipe) / "metrics.json").read_text())
+    assert (metrics["pictures"], metrics["held_out_pictures"]) == (40, 5)
+
+
 def test_more_pictures_are_needed_than_are_held_out(pictures, tmp_path):
     with pytest.raises(DataError, match="80 pictures, of which 80 would be held out"):
         train_image_tokenizer(make_recipe(pictures, tmp_path, held_out=80))
