@@ -250,7 +250,15 @@ def test_flags_follow_the_adapters(tmp_path: Path) -> None:
     [
         ({"trainable_token_indices": {"embed_tokens": [5]}}, "merge-adapter"),
         ({"trainable_token_indices": [5]}, "rows: none"),
-        ({"modules_to_save": ["embed_tokens"]}, "merge-adapter"),
+        ({"modules_to_save": ["embed_tokens"]}, "trained rows .*merge-adapter"),
+        (
+            {"modules_to_save": ["ln_f", "q_norm"]},
+            r"trained norms \(ln_f, q_norm\).*norms_learning_rate",
+        ),
+        (
+            {"trainable_token_indices": [5], "modules_to_save": ["norm"]},
+            r"rows of the embedding and norms \(norm\).*rows: none` and .*norms_learning_rate",
+        ),
         ({"use_dora": True}, "use_dora"),
         ({"r": 1024}, "1024"),
     ],

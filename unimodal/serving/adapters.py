@@ -5,6 +5,7 @@ to do. So the flags are read first. No vLLM in here.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -112,11 +113,20 @@ def check_adapter(folder: str | Path) -> int:
             f"the adapter {folder} has no readable {CONFIG} ({error}); expected the folder of a "
             "LoRA adapter, as `unimodal train` writes it"
         ) from error
-    if config.get("trainable_token_indices") or config.get("modules_to_save"):
+    whole = [str(name) for name in config.get("modules_to_save") or ()]
+    norms = [name for name in whole if re.search(r"norm|ln", name)]
+    trained, without = [], []
+    if config.get("trainable_token_indices") or len(whole) > len(norms):
+        trained.append("rows of the embedding")
+        without.append("on the merged model with `lora.rows: none`")
+    if norms:
+        trained.append(f"norms ({', '.join(norms)})")
+        without.append("without `optimizer.norms_learning_rate`")
+    if trained:
         raise ServingError(
-            f"the adapter {folder} has trained rows of the embedding beside its LoRA, which vLLM "
+            f"the adapter {folder} has trained {' and '.join(trained)} beside its LoRA, which vLLM "
             f"cannot swap; fold it in with `unimodal merge-adapter {folder} --out NEW_MODEL` and "
-            "serve that, or train it on the merged model with `lora.rows: none`"
+            f"serve that, or train it {' and '.join(without)}"
         )
     unusual = [name for name in ("use_dora", "lora_bias") if config.get(name)]
     if unusual:
