@@ -16,7 +16,7 @@ from tqdm import tqdm
 from eval.scores import judge_drawings
 from eval.shapes.prompts import Prompt, prompts
 from eval.shapes.scene import CATEGORIES, Level
-from tokenizer_hf.errors import CheckpointError
+from tokenizer_hf.errors import CheckpointError, DataError
 from tokenizer_hf.files import atomic_write
 from unimodal.pipeline import Unimodal
 from unimodal.processing_unimodal import DRAW_DEFAULTS, PROCESSOR_FILE
@@ -45,6 +45,9 @@ def choose_sampling(
 ) -> list[dict[str, Any]]:
     """Try every setting of a grid and write the best one into the model's folder.
 
+    Prompts and judge are those of the embedded world of shapes; a model of other pictures cannot be
+    measured by them.
+
     Args:
         folder: a merged and trained model; ``draw_settings`` of its ``processor_config.json`` are
             replaced, and all draw commands then start from them.
@@ -59,6 +62,7 @@ def choose_sampling(
 
     Raises:
         CheckpointError: not a local merged folder.
+        DataError: no drawing at any setting fulfils its prompt; the folder stays as it was.
     """
     file = Path(folder) / PROCESSOR_FILE
     if not file.is_file():
@@ -77,6 +81,13 @@ def choose_sampling(
         named = dict(zip(asdict(grid), values, strict=True))
         tried.append({**named, **_score(model, plan, seed, named)})
     tried.sort(key=lambda one: -one["score"])
+    if tried[0]["score"] == 0:
+        raise DataError(
+            f"not one drawing of {folder} fulfils its prompt, at any of {len(tried)} settings; "
+            "expected a trained model of the embedded world of shapes, the only one that this "
+            f"command can judge. Nothing was written; give settings by hand in {PROCESSOR_FILE}'s "
+            "draw_settings"
+        )
     config = json.loads(file.read_text(encoding="utf-8"))
     config["draw_settings"] = {name: tried[0][name] for name in asdict(grid)}
     with atomic_write(file) as temporary:

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import resource
+import shlex
 import threading
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from tokenizer_hf.errors import ConfigurationError
+from tokenizer_hf.errors import ConfigurationError, DataError
 from tokenizer_hf.files import atomic_write
 from unimodal.shipped import resolve
 
@@ -55,13 +56,20 @@ class DemoRecipe:
     merge: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
     choose_sampling: dict[str, Any] | None = None
-    """Choose guidance and temperature on validation prompts (`grid`, `n`); shapes only. None: leave
-    the model's defaults."""
+    """Choose guidance and temperature on validation prompts (`grid`, `n`); only with ``shapes``.
+    None: leave the model's defaults."""
     evaluate: dict[str, Any] = field(default_factory=dict)
     draw: list[str] = field(default_factory=list)
     """Prompts that are drawn at the end, into ``drawings/``."""
     serve_check: dict[str, Any] | None = field(default_factory=dict)
     """The comparison with a real vLLM server. None: leave it out."""
+
+    def __post_init__(self) -> None:
+        if self.choose_sampling is not None and self.shapes is None:
+            raise ConfigurationError(
+                "choose_sampling without shapes; its prompts and its judge know the embedded world "
+                "only. Leave the block out and give guidance and temperature in evaluate"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +79,12 @@ class Stage:
     name: str
     command: str
     run: Callable[[], Any]
+    flags: Callable[[], str] | None = None
+    """More of the command, known only once the stages before have run."""
+
+    def printed(self) -> str:
+        """Return the whole command."""
+        return self.command if self.flags is None else f"{self.command} {self.flags()}"
 
 
 def load_demo_recipe(path: str | Path) -> DemoRecipe:
@@ -115,7 +129,7 @@ def run_demo(
     with _MemoryWatch() as memory:
         for number, stage in enumerate(walk.stages(), start=1):
             if stage.name not in walk.seconds:
-                print(f"\n[{number}/{len(names)}] {stage.name}\n  $ {stage.command}", flush=True)
+                print(f"\n[{number}/{len(names)}] {stage.name}\n  $ {stage.printed()}", flush=True)
                 began = time.monotonic()
                 stage.run()
                 walk.finish(stage.name, time.monotonic() - began, memory.peak_bytes)
@@ -326,8 +340,7 @@ class _Walk:
         p = self.path
         stages: list[Stage] = []
         if self.recipe.choose_sampling is not None:
-            n = self.recipe.choose_sampling.get("n", PROMPTS_PER_CATEGORY)
-            command = f"unimodal choose-sampling {p('model')} --n {n} --seed {self.seed}"
+            command = f"unimodal choose-sampling {p('model')} {self.sampling_flags()}"
             stages.append(Stage("choose_sampling", command, self.choose_sampling))
         held_out = p("world")
         if self.recipe.shapes is None:
@@ -342,13 +355,32 @@ class _Walk:
         stages.append(Stage("evaluate", command, self.evaluate))
         if self.recipe.serve_check is not None:
             command = f"unimodal serve-check --model {p('model')} --out {p('vllm.json')}"
-            stages.append(Stage("vllm", command, self.vllm))
+            stages.append(Stage("vllm", command, self.vllm, self.serve_flags))
         prompts = " ".join(f'"{prompt}"' for prompt in self.recipe.draw)
         flags = _flags({"seed": 0, **self.sampling})
         command = f"unimodal draw --model {p('model')} --out {p('drawings')} {flags} {prompts}"
         stages.append(Stage("draw", command, self.draw))
         stages.append(Stage("report", f"unimodal report {self.out}", self.report))
         return stages
+
+    def sampling_flags(self) -> str:
+        """The settings of the stage choose_sampling, as its command takes them."""
+        wanted, shapes = self.recipe.choose_sampling or {}, self.recipe.shapes or {}
+        several = [
+            _flags({name: value or 0 if name == "top_k" else value})
+            for name, values in wanted.get("grid", {}).items()
+            for value in values
+        ]
+        once = {
+            "n": wanted.get("n", PROMPTS_PER_CATEGORY),
+            "level": shapes.get("level", "board"),
+            "seed": self.seed,
+        }
+        return " ".join([*several, _flags(once)])
+
+    def serve_flags(self) -> str:
+        """The prompts of the stage vllm, as its command takes them."""
+        return " ".join(f"--prompt {shlex.quote(prompt)}" for prompt in self.serve_prompts())
 
     def config_stage(self, name: str, command: str, run: Callable[[], Any]) -> Stage:
         file = self.out / "recipes" / f"{name}.yaml"
@@ -458,8 +490,16 @@ class _Walk:
         wanted = dict(self.recipe.choose_sampling or {})
         grid = SamplingGrid(**wanted.pop("grid", {}))
         level = (self.recipe.shapes or {}).get("level", "board")
-        best, *_ = choose_sampling(self.path("model"), level, grid=grid, seed=self.seed, **wanted)
-        print(f"  guidance {best['guidance']}, temperature {best['temperature']}")
+        try:
+            best, *_ = choose_sampling(
+                self.path("model"), level, grid=grid, seed=self.seed, **wanted
+            )
+        except (
+            DataError
+        ) as error:  # a miniature's model draws nothing right; measure it all the same
+            print(f"  left as it was: {error}")
+        else:
+            print(f"  guidance {best['guidance']}, temperature {best['temperature']}")
 
     # --- what is measured -------------------------------------------------------------------------
 

@@ -1070,8 +1070,10 @@ def choose_sampling_command(
 ) -> None:
     """Find the guidance, temperature and top-k at which a model draws best; write them into it.
 
-    The prompts are of the kinds that `unimodal evaluate` scores, but never the same. Every way to
-    draw (`unimodal draw`, `chat`, `serve`) then starts from these settings.
+    For models of the embedded world of shapes: the prompts are of the kinds that `unimodal
+    evaluate` scores there, but never the same, and a parser of that world judges the drawings.
+    Every way to draw (`unimodal draw`, `chat`, `serve`) then starts from these settings. For a
+    model of other pictures, write them into `draw_settings` of its `processor_config.json`.
 
     **Example:** `unimodal choose-sampling runs/demo/model --guidance 1 --guidance 2`
     """

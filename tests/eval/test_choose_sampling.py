@@ -11,7 +11,7 @@ from eval.choose_sampling import VALIDATION_SEED, SamplingGrid, choose_sampling
 from eval.shapes.prompts import prompts
 from eval.shapes.scene import CATEGORIES
 from tests.toy import toy_merged_folder
-from tokenizer_hf.errors import CheckpointError
+from tokenizer_hf.errors import CheckpointError, DataError
 from unimodal.cli import app
 from unimodal.pipeline import Unimodal
 
@@ -51,8 +51,9 @@ def test_the_best_setting_becomes_the_models_own(
     assert own.tobytes() == given.tobytes()
 
 
-def test_the_command_tries_what_it_is_told(tmp_path: Path) -> None:
+def test_the_command_tries_what_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = toy_merged_folder(tmp_path)
+    monkeypatch.setattr(module, "judge_drawings", lambda pictures, plan: [True] * len(plan))
     words = ["--guidance=1.5", "--temperature=0.5", "--top-k=0", "--top-k=4", "--n=1"]
     result = CliRunner().invoke(app, ["choose-sampling", str(folder), *words])
     assert result.exit_code == 0, result.output
@@ -60,6 +61,15 @@ def test_the_command_tries_what_it_is_told(tmp_path: Path) -> None:
     assert sorted(line.split()[5] for line in lines) == ["4", "all"]
     chosen = json.loads((folder / "processor_config.json").read_text())["draw_settings"]
     assert chosen["guidance"] == 1.5 and chosen["top_k"] in (None, 4)
+
+
+def test_a_model_that_draws_nothing_right_keeps_its_settings(tmp_path: Path) -> None:
+    folder = toy_merged_folder(tmp_path)
+    before = (folder / "processor_config.json").read_bytes()
+    grid = SamplingGrid(guidance=(1.0,), temperature=(0.3, 1.0))
+    with pytest.raises(DataError, match=r"any of 2 settings.*world of shapes.*draw_settings"):
+        choose_sampling(folder, "board", grid=grid, n=1, progress=False)
+    assert (folder / "processor_config.json").read_bytes() == before
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:

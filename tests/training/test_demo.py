@@ -1,7 +1,9 @@
 """The whole walk in miniature: every stage runs, a killed walk goes on, a changed one stops."""
 
+import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +11,12 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from tests.training.conftest import write_pictures
 from tokenizer_hf.errors import ConfigurationError
 from training.demo import DemoRecipe, _Walk, load_demo_recipe, run_demo
+from unimodal.cli import app
 
 TINY = {
     "shapes": {"n": 96, "level": "board", "captions_per_picture": 2, "validation": 24},
@@ -139,3 +143,46 @@ def test_what_is_measured_comes_from_the_validation_split(
     walk.evaluate()
     assert seen == {"held_out": 3, "train": 6}
     assert len(walk.serve_prompts()) == 3
+
+
+def test_sampling_is_chosen_for_the_shapes_only() -> None:
+    with pytest.raises(ConfigurationError, match="choose_sampling without shapes"):
+        DemoRecipe(pictures={"train": "a", "validation": "b"}, choose_sampling={"n": 4})
+
+
+def test_the_printed_commands_do_what_the_stages_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """choose-sampling and serve-check, whose settings stand in no file."""
+    calls: list[Any] = []
+
+    def choose(folder: Any, level: str, *, grid: Any, n: int, seed: int) -> list[dict[str, Any]]:
+        lists = {name: list(values) for name, values in dataclasses.asdict(grid).items()}
+        calls.append((str(folder), level, lists, n, seed))
+        return [{"guidance": 1.0, "temperature": 0.3, "top_k": None, "score": 1.0}]
+
+    def check(folder: Any, prompts: list[str], *_: Any, **named: Any) -> dict[str, Any]:
+        calls.append((str(folder), prompts, named.get("guidance", 1.0), str(named["out"])))
+        return {"identical": 0, "prompts": 0}
+
+    monkeypatch.setattr("eval.choose_sampling.choose_sampling", choose)
+    monkeypatch.setattr("unimodal.serving.check.check_identical", check)
+    monkeypatch.setattr("eval.evaluate.update_report", lambda *_: None)
+    grid = {"guidance": [1.0, 2.5], "temperature": [0.3], "top_k": [None, 4]}
+    recipe = DemoRecipe(
+        shapes={"n": 8, "level": "free"},
+        choose_sampling={"grid": grid, "n": 3},
+        serve_check={"prompts": 3},
+    )
+    walk = _Walk(recipe, tmp_path / "walk", seed=5)
+    pictures = write_pictures(tmp_path / "walk" / "world" / "validation", 4)
+    lines = (pictures / "metadata.jsonl").read_text()
+    (pictures / "metadata.jsonl").write_text(lines.replace("A red", 'It\'s \\"a\\" red'))
+    for stage in walk.measuring_stages():
+        if stage.name in ("choose_sampling", "vllm"):
+            stage.run()
+            result = CliRunner().invoke(app, shlex.split(stage.printed())[1:])
+            assert result.exit_code == 0, result.output
+    assert len(calls) == 4
+    assert calls[0] == calls[1] and calls[0][1:] == ("free", grid, 3, 5)
+    assert calls[2] == calls[3] and 'It\'s "a" red circle.' in calls[2][1]
