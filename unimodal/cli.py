@@ -195,8 +195,8 @@ def train_text_tokenizer(
     """Train a small SentencePiece text tokenizer: frequent words become one piece.
 
     The folder loads with `AutoTokenizer`, reads every text back exactly, and has a ChatML chat
-    template. It is meant for small models that are trained from scratch, as `unimodal demo` does; a
-    published language model keeps its own.
+    template. It is meant for small models that are trained from scratch, as `unimodal demo --config
+    demo-from-scratch` does; a published language model keeps its own.
 
     **Example:** `unimodal train-text-tokenizer world/text/*.jsonl --vocab-size 512 --out words`
     """
@@ -1000,7 +1000,7 @@ def evaluate(
     captions fits them best. docs/report_schema.md describes the JSON; `unimodal report` makes a
     page of it.
 
-    **Example:** `unimodal evaluate --model runs/demo/model --base-llm runs/demo/text_model
+    **Example:** `unimodal evaluate --model runs/demo/model --base-llm shipped:text_model
     --world runs/demo/world --out runs/demo/report.json`
     """
     from itertools import islice
@@ -1366,7 +1366,9 @@ def demo(
     config: Annotated[
         str,
         typer.Option(
-            metavar="FILE", help="The walk's recipe: a YAML file, or `demo`, `emoji`, `gpu`."
+            metavar="FILE",
+            help="The walk's recipe: a YAML file, or `demo`, `demo-from-scratch`, `emoji`, `gpu`, "
+            "`shipped`.",
         ),
     ] = "demo",
     out: Annotated[
@@ -1388,10 +1390,11 @@ def demo(
 ) -> None:
     """The whole job on this machine: pictures with captions in, a model that sees and draws out.
 
-    Trains a small image tokenizer and a small text model for a world of coloured shapes, makes the
-    image codes words of the model, tunes it by LoRA to caption and to draw, measures it, draws,
-    captions, serves it through vLLM, and writes a report. Each stage prints the command that does
-    the same alone. Killed, and started again, it goes on where it stopped.
+    Writes a world of coloured shapes, takes the image tokenizer and the text model that come with
+    us (`--config demo-from-scratch` trains both), makes the image codes words of the model, tunes
+    it by LoRA to caption and to draw, measures it, draws, captions, serves it through vLLM, and
+    writes a report. Each stage prints the command that does the same alone. Killed, and started
+    again, it goes on where it stopped.
 
     **Examples**
 
