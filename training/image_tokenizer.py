@@ -73,7 +73,8 @@ class TokenizerRecipe:
     """Pictures: imagefolders, plain folders, Parquet files or folders of them, hub ids."""
     output_dir: str
     num_pictures: int | None = None
-    """Learn from the first so many pictures of ``data`` only. They are all read beforehand (48 KiB
+    """Learn from so many pictures only, taken from the beginning of ``data``; without
+    ``held_out_data``, those that are held out come on top. They are all read beforehand (48 KiB
     each at 128 pixels; beyond 1 GiB into a temporary file)."""
     held_out_data: list[str] = field(default_factory=list)
     """Pictures to measure on, of the split "validation" where there are splits. Empty: ``held_out``
@@ -192,18 +193,22 @@ def train_image_tokenizer(recipe: TokenizerRecipe) -> Path:
     run.model.image_processor = run.averaged.image_processor = processor
     run.resume()
     save_recipe(recipe, folder / "recipe.yaml")
+    file = folder / "metrics.json"
+    earlier: dict[str, Any] = {}
+    if run.step >= recipe.max_steps and file.is_file():  # finished before: its time was taken then
+        earlier = json.loads(file.read_text(encoding="utf-8"))
     started = time.monotonic()
     speed = run.train()
-    metrics = {
+    seconds = round(time.monotonic() - started, 1)
+    metrics: dict[str, Any] = {
         **run.measure(),
         "steps": recipe.max_steps,
         "pictures": len(data.rows),
-        "seconds": round(time.monotonic() - started, 1),
         "fingerprint": run.averaged.fingerprint(),
-        **speed,
     }
+    metrics = {**earlier, **metrics} if earlier else {**metrics, "seconds": seconds, **speed}
     run.averaged.save_pretrained(folder)
-    with atomic_write(folder / "metrics.json") as temporary:
+    with atomic_write(file) as temporary:
         temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return folder
 
@@ -569,7 +574,10 @@ def _room_for(shape: tuple[int, ...]) -> np.ndarray:
 
 def _read_data(recipe: TokenizerRecipe, processor: ImageTokenizerImageProcessor) -> _Data:
     aligns = recipe.contrastive_weight > 0
-    pictures, captions = _read(recipe.data, processor, recipe.num_pictures, aligns)
+    limit = recipe.num_pictures
+    if limit is not None and not recipe.held_out_data:
+        limit += recipe.held_out
+    pictures, captions = _read(recipe.data, processor, limit, aligns)
     learnt = np.arange(len(pictures))
     if recipe.held_out_data:
         held_out, theirs = _read(

@@ -153,10 +153,16 @@ def test_a_resumed_run_equals_the_uninterrupted_one(settings, pictures, tmp_path
 
 def test_a_finished_run_is_not_trained_again(pictures, tmp_path, monkeypatch):
     recipe = make_recipe(pictures, tmp_path)
-    first = ImageTokenizer.from_pretrained(train_image_tokenizer(recipe)).fingerprint()
+    folder = train_image_tokenizer(recipe)
+    first = ImageTokenizer.from_pretrained(folder).fingerprint()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["achieved_flops_per_second"] > 0
+    metrics["seconds"] = 1234.5  # what it really took would be near 0 too
+    (folder / "metrics.json").write_text(json.dumps(metrics))
     monkeypatch.setattr(image_tokenizer._Run, "_train_step", None)
     again = train_image_tokenizer(replace(recipe, checkpoint_every=1))
     assert ImageTokenizer.from_pretrained(again).fingerprint() == first
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
 
 
 def test_another_recipe_or_other_data_do_not_resume(pictures, tmp_path):
@@ -288,6 +294,13 @@ def test_held_out_data_are_read_at_their_validation_split(pictures, tmp_path):
     recipe = make_recipe(both, tmp_path, held_out_data=[str(both)], max_steps=1)
     metrics = json.loads((train_image_tokenizer(recipe) / "metrics.json").read_text())
     assert (metrics["pictures"], metrics["held_out_pictures"]) == (40, 5)
+
+
+def test_what_is_held_out_comes_on_top_of_num_pictures(pictures, tmp_path):
+    recipe = make_recipe(pictures, tmp_path, num_pictures=10, held_out=16, max_steps=1)
+    metrics = json.loads((train_image_tokenizer(recipe) / "metrics.json").read_text())
+    assert (metrics["pictures"], metrics["held_out_pictures"]) == (10, 16)
+    assert recipe.count_pictures() == 10
 
 
 def test_more_pictures_are_needed_than_are_held_out(pictures, tmp_path):
