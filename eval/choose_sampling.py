@@ -20,6 +20,7 @@ from tokenizer_hf.errors import CheckpointError, DataError
 from tokenizer_hf.files import atomic_write
 from unimodal.pipeline import Unimodal
 from unimodal.processing_unimodal import DRAW_DEFAULTS, PROCESSOR_FILE
+from unimodal.shipped import require_not_shipped
 
 VALIDATION_SEED = 1_000_003
 """Added to the seed, so that these prompts and noises are not those of `unimodal evaluate`."""
@@ -62,8 +63,10 @@ def choose_sampling(
 
     Raises:
         CheckpointError: not a local merged folder.
+        ConfigurationError: the folder of a model that comes with this package.
         DataError: no drawing at any setting fulfils its prompt; the folder stays as it was.
     """
+    require_not_shipped(folder, "copy its folder and choose there")
     file = Path(folder) / PROCESSOR_FILE
     if not file.is_file():
         raise CheckpointError(f"{folder} has no {PROCESSOR_FILE}; expected a local merged model")

@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
 from eval.evaluate import _load_base
 from eval.reconstruction import agreements
@@ -26,8 +29,10 @@ from eval.shapes.reading import parse_caption
 from eval.shapes.render import render
 from eval.shapes.requirement import satisfies
 from eval.shapes.scene import CATEGORIES, Scene, sample_scene
-from tokenizer_hf.errors import CheckpointError
+from tokenizer_hf.errors import CheckpointError, ConfigurationError
 from tokenizer_hf.modeling_image_tokenizer import ImageTokenizer
+from training.data.code_cache import CodeCache
+from unimodal.cli import app
 from unimodal.merge import find_folder
 from unimodal.pipeline import Unimodal
 from unimodal.shipped import FOLDER, NAMES, resolve
@@ -69,6 +74,83 @@ def test_the_text_model_has_never_seen_a_code() -> None:
 
 def test_evaluate_takes_the_text_model_by_name() -> None:
     assert _load_base("shipped:text_model").config.vocab_size == 640
+
+
+def run_command(*words: object) -> str:
+    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_commands_that_take_a_folder_take_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    render(scenes(1)[0]).save(pictures / "a.png")
+    (pictures / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a picture"}\n')
+    options = ("--image-tokenizer", "shipped:image_tokenizer", "--out")
+    told = run_command("reconstruct", pictures / "a.png", *options, tmp_path / "out")
+    codes = told.strip().split("\t")[2].split()
+    run_command("encode", pictures, *options, tmp_path / "codes")
+    assert CodeCache(tmp_path / "codes").code_values.tolist() == [int(code) for code in codes]
+
+    asked: list[str] = []
+
+    def check(model: str, *_: Any, **__: Any) -> dict[str, Any]:
+        asked.append(model)
+        return {}
+
+    monkeypatch.setattr("unimodal.serving.check.check_identical", check)
+    run_command("serve-check", "--model", "shipped:model")
+    assert asked == [str(FOLDER / "model")]
+
+
+def test_a_text_model_takes_the_shipped_tokenizer_by_name(tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "A red circle is above a blue star."}\n' * 4)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
+    recipe = {
+        "tokenizer": "shipped:text_model",
+        "output_dir": str(tmp_path / "run"),
+        "text": [str(tmp_path / "text.jsonl")],
+        "config": {**size, "num_attention_heads": 1, "num_key_value_heads": 1},
+        "training": {"max_steps": 1, "per_device_train_batch_size": 2},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert "text_model" in run_command("estimate", "--config", tmp_path / "recipe.yaml")
+    run_command("train-text-model", "--config", tmp_path / "recipe.yaml")
+    vocabularies = [
+        AutoTokenizer.from_pretrained(folder).get_vocab()
+        for folder in (tmp_path / "run", FOLDER / "text_model")
+    ]
+    assert vocabularies[0] == vocabularies[1]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["export-vocabulary", "shipped:image_tokenizer"],
+        ["export-vocabulary", str(FOLDER / "image_tokenizer")],
+        ["choose-sampling", "shipped:model"],
+        ["choose-sampling", str(FOLDER / "model")],
+    ],
+)
+def test_nothing_is_written_into_the_package(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*_: object) -> None:
+        raise AssertionError("written")
+
+    monkeypatch.setattr("tokenizer_hf.vocabulary.VocabularyExtension.save", write)
+    monkeypatch.setattr("unimodal.pipeline.Unimodal.draw", write)
+    result = CliRunner().invoke(app, words)
+    assert isinstance(result.exception, ConfigurationError)
+    assert "comes with this package" in str(result.exception)
+
+
+def test_the_vocabulary_of_a_shipped_tokenizer_can_be_exported(tmp_path: Path) -> None:
+    run_command("export-vocabulary", "shipped:image_tokenizer", "--out", tmp_path / "words")
+    assert (tmp_path / "words" / "vocabulary_extension.json").is_file()
 
 
 @pytest.mark.parametrize("held_out", ["exclude", "only"])

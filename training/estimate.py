@@ -714,9 +714,10 @@ def text_model_estimate(recipe: Any) -> Estimate:
     from training.language_model import table_names
     from training.runs import resolved
     from training.text_model import make_model
+    from unimodal.shipped import resolve
 
     recipe = resolved(recipe)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(resolve(recipe.tokenizer))
     examples = TextExamples(tokenizer, recipe.text, recipe.max_length)
     with without_data():
         model = make_model(recipe, tokenizer)

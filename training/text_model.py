@@ -15,6 +15,7 @@ from training.language_model import make_steps, micro_batches, table_names
 from training.recipes import TextModelRecipe
 from training.runs import close_run, digest, open_run, publishing, run_to_the_end
 from training.trainer import UnimodalTrainer, training_arguments
+from unimodal.shipped import resolve
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +36,13 @@ def train_text_model(recipe: TextModelRecipe, *, resume: bool = True) -> Path:
         KeyboardInterrupt: after Ctrl-C, once a checkpoint has been written.
     """
     output_dir = Path(recipe.output_dir)
+    folder = resolve(recipe.tokenizer)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"no text tokenizer at {recipe.tokenizer}: {error}") from error
     identity = {
-        "tokenizer": digest(sorted(Path(recipe.tokenizer).glob("tokenizer.json"))),
+        "tokenizer": digest(sorted(Path(folder).glob("tokenizer.json"))),
         "data": digest([Path(file) for file in recipe.text]),
     }
     finished, recipe = open_run(recipe, identity, resume)

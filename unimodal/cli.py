@@ -109,11 +109,12 @@ def reconstruct(
     from tokenizer_hf.files import atomic_write
     from tokenizer_hf.image_processing_image_tokenizer import open_image
     from tokenizer_hf.modeling_image_tokenizer import ImageTokenizer
+    from unimodal.shipped import resolve
 
     disable_progress_bar()
     for picture in pictures:
         open_image(picture)  # a bad picture is told before the model is loaded
-    model = ImageTokenizer.from_pretrained(tokenizer)
+    model = ImageTokenizer.from_pretrained(resolve(tokenizer))
     taken: set[Path] = set()
     for picture in pictures:
         given = np.asarray(model.image_processor.fit(picture))
@@ -760,13 +761,14 @@ def encode(
     from tokenizer_hf.errors import ConfigurationError
     from training.data.code_cache import build_cache
     from training.data.sources import open_source
+    from unimodal.shipped import resolve
 
     columns = dict(pair.split("=", 1) for pair in column or [] if "=" in pair)
     if len(columns) != len(column or []):
         raise ConfigurationError(f"--column takes ours=theirs, got {column}")
     cache = build_cache(
         open_source(source, split=split, columns=columns),
-        image_tokenizer,
+        resolve(image_tokenizer),
         out,
         batch_size=batch_size,
         bf16=bf16,
@@ -1327,7 +1329,7 @@ def ui(
 
 @app.command()
 def serve_check(
-    model: Annotated[Path, typer.Option(help="A merged model.")],
+    model: Annotated[str, typer.Option(metavar="DIR", help="A merged model.")],
     out: Annotated[
         Path | None, typer.Option(help="Write the result as JSON; the drawing beside it as .png.")
     ] = None,
@@ -1346,9 +1348,10 @@ def serve_check(
     import json
 
     from unimodal.serving.check import check_identical
+    from unimodal.shipped import resolve
 
     result = check_identical(
-        model,
+        resolve(model),
         prompt or ["a red circle", "a blue square"],
         image,
         guidance=guidance,
@@ -1503,7 +1506,9 @@ def bench_masking(
 
     require_vllm()
     from unimodal.serving.masking_benchmark import measure_masking
+    from unimodal.shipped import resolve
 
+    model = resolve(model)
     if threads is not None:
         torch.set_num_threads(threads)
     loaded = Unimodal.from_pretrained(model, device=device)

@@ -22,7 +22,7 @@ from tokenizer_hf.sentencepiece_vocabulary import extend_sentencepiece, extend_s
 from tokenizer_hf.vocabulary import ImageVocabulary, VocabularyExtension, extend_tokenizer
 from unimodal.processing_unimodal import CAPTION_INSTRUCTION, DRAW_INSTRUCTION, UnimodalProcessor
 from unimodal.row_initialisation import ROW_INITS, caption_evidence, new_rows
-from unimodal.shipped import resolve
+from unimodal.shipped import require_not_shipped, resolve
 from unimodal.weight_shards import NewRows, StoredTensor, read_header, rewrite, shard_files
 
 PLAIN_TEMPLATE = """\
@@ -171,8 +171,11 @@ def export_vocabulary(
 
     Raises:
         CheckpointError, VocabularyError: as :func:`merge`.
+        ConfigurationError: no ``out``, and the image tokenizer comes with this package.
     """
     source = find_folder(image_tokenizer)
+    if out is None:
+        require_not_shipped(source, "give the folder to write with --out")
     target = source if out is None else Path(out)
     extension = VocabularyExtension.from_image_tokenizer(ImageTokenizer.from_pretrained(source))
     written = [f"{extension.num_codes + 2} new words: {extension.save(target)}"]

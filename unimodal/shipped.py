@@ -11,7 +11,7 @@ How each was made, and what it scores: docs/shipped_models.md.
 
 from pathlib import Path
 
-from tokenizer_hf.errors import CheckpointError
+from tokenizer_hf.errors import CheckpointError, ConfigurationError
 
 FOLDER = Path(__file__).parent / "shipped"
 NAMES = ("image_tokenizer", "text_model", "model")
@@ -31,3 +31,18 @@ def resolve(name: str) -> str:
         known = ", ".join(PREFIX + one for one in NAMES)
         raise CheckpointError(f"{name!r} does not come with this package; expected one of {known}")
     return str(FOLDER / short)
+
+
+def require_not_shipped(name: str | Path, remedy: str) -> None:
+    """Refuse to write into a model that comes with this package.
+
+    Args:
+        name: what would be written into.
+        remedy: what to do instead; the end of the message.
+
+    Raises:
+        ConfigurationError: it is one of :data:`NAMES`, by name or by folder.
+    """
+    inside = Path(name).resolve().is_relative_to(FOLDER.resolve())
+    if str(name).startswith(PREFIX) or inside:
+        raise ConfigurationError(f"{name} comes with this package and stays as it is; {remedy}")
