@@ -494,9 +494,8 @@ class _Walk:
             best, *_ = choose_sampling(
                 self.path("model"), level, grid=grid, seed=self.seed, **wanted
             )
-        except (
-            DataError
-        ) as error:  # a miniature's model draws nothing right; measure it all the same
+        except DataError as error:
+            # A miniature's model draws nothing right; measure it all the same.
             print(f"  left as it was: {error}")
         else:
             print(f"  guidance {best['guidance']}, temperature {best['temperature']}")
