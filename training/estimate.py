@@ -748,7 +748,6 @@ def language_model_estimate(recipe: Any) -> Estimate:
     processor = UnimodalProcessor.from_pretrained(folder, load_image_tokenizer=False)
     data = recipe.data
     examples = Examples(processor, data.caches, data.text, data.max_length)
-    shares = examples.code_shares()
     with without_data():
         model: Any = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(folder),
@@ -761,7 +760,7 @@ def language_model_estimate(recipe: Any) -> Estimate:
     with fake(model):
         if recipe.mode != "full" and recipe.lora.rows == "factored":
             config = ImageTokenizerConfig.from_pretrained(folder / "image_tokenizer")
-            share_rows(model, config.code_factors(), shares)
+            share_rows(model, config.code_factors(), examples.code_shares())
         if recipe.mode == "lora" and recipe.lora.fold:
             fold_lora(model)
         is_row = table_names(model) if recipe.mode == "full" else is_adapter_row

@@ -85,7 +85,7 @@ def train(recipe: LanguageModelRecipe, *, resume: bool = True) -> Path:
         examples.num_items,
         examples.mean_loss_tokens(directions_of(recipe.data)),
         recipe.data.weights,
-        examples_per_step=micro_batches(args) * args.per_device_train_batch_size,
+        examples_per_step=args.gradient_accumulation_steps * args.per_device_train_batch_size,
         prompt_dropout=recipe.data.prompt_dropout,
         seed=args.seed,
         starting_weights=curriculum.weights if curriculum else None,
@@ -160,13 +160,12 @@ def directions_of(recipe: DataRecipe) -> set[str]:
 def make_steps(examples: Any, mix: Mix, args: Any) -> Steps:
     """Return the batches of a run."""
     return Steps(
-        examples, mix, args.max_steps, args.per_device_train_batch_size, micro_batches(args)
+        examples,
+        mix,
+        args.max_steps,
+        args.per_device_train_batch_size,
+        args.gradient_accumulation_steps,
     )
-
-
-def micro_batches(args: Any) -> int:
-    """Return the micro-batches of an optimizer step, over all devices."""
-    return args.gradient_accumulation_steps * args.world_size
 
 
 def _id_groups(processor: UnimodalProcessor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from tokenizer_hf.errors import CheckpointError, ConfigurationError
 from training.data.examples import TextExamples
 from training.data.mixing import Mix
 from training.data.packing import row_tokens
-from training.language_model import make_steps, micro_batches, table_names
+from training.language_model import make_steps, table_names
 from training.recipes import TextModelRecipe
 from training.runs import close_run, digest, open_run, publishing, run_to_the_end
 from training.trainer import UnimodalTrainer, training_arguments
@@ -56,7 +56,7 @@ def train_text_model(recipe: TextModelRecipe, *, resume: bool = True) -> Path:
         examples.num_items,
         examples.mean_loss_tokens(),
         {"text": 1.0},
-        examples_per_step=micro_batches(args) * args.per_device_train_batch_size,
+        examples_per_step=args.gradient_accumulation_steps * args.per_device_train_batch_size,
         seed=args.seed,
     )
     trainer = UnimodalTrainer(

@@ -239,8 +239,6 @@ class UnimodalTrainer(Trainer):
             loss = loss + self.text_kl * self._text_divergence(model, inputs, logits, directions)
         tokens = learnt.sum() if num_items_in_batch is None else num_items_in_batch
         loss = loss / tokens
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def _counted(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -312,9 +310,6 @@ class UnimodalTrainer(Trainer):
     def _save_whole_checkpoint(self, model: nn.Module, trial: Any) -> None:
         final = Path(str(self.args.output_dir))
         name = f"checkpoint-{self.state.global_step}"
-        if self.args.world_size > 1:  # every rank writes into the one folder: no renaming
-            super()._save_checkpoint(model, trial)
-            return
         final.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.mkdtemp(dir=final, prefix=".saving-")
         self._saving_into = temporary

@@ -41,7 +41,7 @@ class Steps(Dataset):
     Args:
         num_steps: optimizer steps of the run.
         batch_size: examples a micro-batch.
-        batches_per_step: micro-batches a step, over all devices.
+        batches_per_step: micro-batches a step.
     """
 
     def __init__(
