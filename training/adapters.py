@@ -92,22 +92,27 @@ def fold_lora(model: PeftModel) -> int:
             continue
         base = module.get_base_layer()
         if type(base) is nn.Linear and base.weight.dtype == torch.float32:
-            module.forward = partial(_folded_forward, module, module.forward)  # type: ignore[method-assign]
-            module.is_folded = True  # type: ignore[assignment]
+            module.__class__ = FoldedLoraLinear
             changed += 1
     return changed
 
 
-def _folded_forward(layer: Any, plain: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Compute a LoRA layer in one product; ``plain`` is PEFT's own forward."""
-    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1 or kwargs:
-        return plain(x, *args, **kwargs)
-    [name] = layer.active_adapters
-    base = layer.get_base_layer()
-    with torch.autocast(x.device.type, enabled=False):  # the sum keeps float32's precision
-        update = layer.lora_B[name].weight @ layer.lora_A[name].weight
-        weight = torch.add(base.weight, update, alpha=layer.scaling[name])
-    return nn.functional.linear(x, weight, base.bias)
+class FoldedLoraLinear(LoraLinear):
+    """A LoRA layer that computes in one product.
+
+    A class of its own and no function on each layer: `torch.compile` shares a graph among layers of
+    the same classes.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters or self.merged or len(self.active_adapters) != 1 or kwargs:
+            return super().forward(x, *args, **kwargs)
+        [name] = self.active_adapters
+        base = self.get_base_layer()
+        with torch.autocast(x.device.type, enabled=False):  # the sum keeps float32's precision
+            update = self.lora_B[name].weight @ self.lora_A[name].weight
+            weight = torch.add(base.weight, update, alpha=self.scaling[name])
+        return nn.functional.linear(x, weight, base.bias)
 
 
 @dataclass(frozen=True)

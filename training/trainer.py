@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -383,7 +384,11 @@ def compile_body(model: Any) -> None:
         model: a causal LM, or a PEFT model around one.
     """
     plain = model.get_base_model() if hasattr(model, "peft_config") else model
-    getattr(plain, plain.base_model_prefix).compile()
+    body = getattr(plain, plain.base_model_prefix)
+    layers = [m for m in body.modules() if isinstance(m, GradientCheckpointingLayer)]
+    torch.fx.experimental._config.use_duck_shape = False
+    for module in layers or [body]:
+        module.compile(dynamic=True)
 
 
 def last_whole_checkpoint(output_dir: str | Path) -> Path | None:

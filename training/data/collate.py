@@ -99,7 +99,7 @@ def collate(
         labels: int64 (B, T), -100 where nothing is learnt; not shifted. The first token of an
             example has none: nothing before it predicts it.
         segments: int64 (B, T), the number of the example that a token is of; 0 for padding.
-        position_ids: int64 (B, T), from 0 on in every example; only where a row has several.
+        position_ids: int64 (B, T), from 0 on in every example; only with ``row_tokens``.
         directions: int64 (number of examples,), positions in `recipes.DIRECTIONS`.
         lengths: int64 (number of examples,), tokens without padding.
     """
@@ -120,7 +120,7 @@ def collate(
             position_ids[row, start:stop] = np.arange(lengths[number])
             start = stop
     batch = {"input_ids": input_ids, "labels": labels, "segments": segments}
-    if len(rows) < len(examples):
+    if row_tokens is not None:
         batch["position_ids"] = position_ids
     directions = [DIRECTIONS.index(example.direction) for example in examples]
     return {
