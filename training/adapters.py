@@ -104,6 +104,8 @@ class FoldedLoraLinear(LoraLinear):
     the same classes.
     """
 
+    is_folded = True
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1 or kwargs:
             return super().forward(x, *args, **kwargs)

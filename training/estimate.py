@@ -29,7 +29,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenizer_hf.errors import ConfigurationError
-from training.adapters import FoldedLoraLinear
 from training.optimizer import make_optimizer
 from training.recipes import OptimizerRecipe
 
@@ -161,7 +160,7 @@ def count_flops(model: Any) -> tuple[LanguageModelFlops, LanguageModelFlops]:
     token = base = folded = 0.0
     skipped: set[Any] = set()
     for module in plain.modules():
-        if isinstance(module, FoldedLoraLinear):
+        if getattr(module, "is_folded", False):  # by `adapters.fold_lora`
             (rank,) = module.r.values()
             size = module.in_features * module.out_features
             token += 6 * size
