@@ -21,7 +21,11 @@ MUON_MOMENTUM = 0.95
 
 
 def make_optimizer(
-    model: nn.Module, recipe: OptimizerRecipe, is_row: Callable[[str], bool]
+    model: nn.Module,
+    recipe: OptimizerRecipe,
+    is_row: Callable[[str], bool],
+    *,
+    bf16: bool = False,
 ) -> torch.optim.Optimizer:
     """Make the optimizer of a run.
 
@@ -31,6 +35,7 @@ def make_optimizer(
 
     Args:
         is_row: tells by its name whether a parameter holds rows of the embedding or the head.
+        bf16: Muon makes its matrices orthogonal in bfloat16, as the run's matrix products are.
     """
     rows: list[nn.Parameter] = []
     by_ndim: dict[int, list[nn.Parameter]] = {1: [], 2: [], 3: []}
@@ -58,7 +63,7 @@ def make_optimizer(
         {"params": others, "lr": others_rate, "weight_decay": 0.0, "muon": False},
     ]
     groups = [group for group in groups if group["params"]]
-    return MuonAdamW(groups, lr=recipe.learning_rate, betas=recipe.betas)
+    return MuonAdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, bf16=bf16)
 
 
 class MuonAdamW(torch.optim.AdamW):
@@ -70,8 +75,10 @@ class MuonAdamW(torch.optim.AdamW):
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-8,
+        bf16: bool = False,
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=0.0, fused=True)
+        self.muon_dtype = torch.bfloat16 if bf16 else torch.float32
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -102,7 +109,7 @@ class MuonAdamW(torch.optim.AdamW):
                 gradient: Any = parameter.grad
                 state["momentum"].lerp_(gradient, 1 - MUON_MOMENTUM)
                 updates.append(gradient.lerp(state["momentum"], MUON_MOMENTUM))  # Nesterov
-            directions = orthogonalise(torch.stack(updates))
+            directions = orthogonalise(torch.stack(updates).to(self.muon_dtype))
             rate = group["lr"] * 0.2 * max(shape) ** 0.5
             for parameter, direction in zip(parameters, directions, strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
@@ -113,13 +120,13 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     """Bring the singular values of each matrix near 1 by five Newton-Schulz steps.
 
     Args:
-        matrices: (B, M, N).
+        matrices: (B, M, N), float32 or bfloat16.
 
     Returns:
-        (B, M, N): U Vᵀ of each matrix's singular value decomposition, roughly (singular values lie
+        (B, M, N), the same format: U Vᵀ of each matrix's singular value decomposition, roughly (singular values lie
         between about 0.7 and 1.2).
     """
-    x = matrices.to(torch.bfloat16) if matrices.is_cuda else matrices
+    x = matrices
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT

@@ -136,7 +136,7 @@ class UnimodalTrainer(Trainer):
         text_ids: ids over which ``text_kl`` compares with the base.
         row_tokens: pack micro-batches into rows of this length, as `training.data.packing.layout`
             takes it; None: pad them.
-        compiled: run the layers through ``torch.compile``; see `compile_body`.
+        compiled: run the layers through ``torch.compile``; see `compile_layers`.
 
     Raises:
         ConfigurationError: packing, and the model does not keep packed examples apart.
@@ -186,7 +186,7 @@ class UnimodalTrainer(Trainer):
         self.speedometer = Speedometer(model, args.device.type, args.bf16)
         self.add_callback(Pace(self.speedometer))
         if compiled:
-            compile_body(model)
+            compile_layers(model)
         if optimizer.rows_first_steps:
             self.add_callback(RowsFirst(model, is_row, optimizer.rows_first_steps, row_ids))
 
@@ -208,7 +208,9 @@ class UnimodalTrainer(Trainer):
         """Make the recipe's optimizer; see `training.optimizer`."""
         if self.optimizer is None:
             trained: Any = self.model if model is None else model
-            self.optimizer = make_optimizer(trained, self.optimizer_recipe, self.is_row)
+            self.optimizer = make_optimizer(
+                trained, self.optimizer_recipe, self.is_row, bf16=self.args.bf16
+            )
         return self.optimizer
 
     # --- loss ---
@@ -373,20 +375,32 @@ def labelled_positions(model: Any, learnt: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def compile_body(model: Any) -> None:
-    """Run everything before the head through ``torch.compile``, in place; names stay as they are.
+def compile_layers(model: Any) -> None:
+    """Run each decoder layer through ``torch.compile``, in place; names stay as they are.
 
-    The head stays outside: `labelled_positions` hooks it anew for every batch, and whether a graph
-    that was traced with one hook sees the next is up to torch's guards. transformers' own
+    Layers of the same classes share one graph, whatever the lengths of the batches, so that
+    compiling takes as long as for one layer. What has no such layers is compiled as a whole. The
+    head stays outside: `labelled_positions` hooks it anew for every batch, and whether a graph that
+    was traced with one hook sees the next is up to torch's guards. transformers' own
     ``torch_compile`` takes the head in, so `training_arguments` refuses it.
 
     Args:
         model: a causal LM, or a PEFT model around one.
+
+    Raises:
+        ConfigurationError: no C++ compiler, which torch needs on a CPU.
     """
     plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    on_cpu = plain.device.type == "cpu"
+    if on_cpu and not any(map(shutil.which, [os.environ.get("CXX", "g++"), "clang++"])):
+        raise ConfigurationError(
+            "compile needs a C++ compiler on a CPU, and none was found (g++, clang++, or what CXX "
+            "names); install one, or set compile to false"
+        )
+    # A batch that happens to have as many rows as a head has dimensions is no other kind of batch.
+    torch.fx.experimental._config.use_duck_shape = False
     body = getattr(plain, plain.base_model_prefix)
     layers = [m for m in body.modules() if isinstance(m, GradientCheckpointingLayer)]
-    torch.fx.experimental._config.use_duck_shape = False
     for module in layers or [body]:
         module.compile(dynamic=True)
 

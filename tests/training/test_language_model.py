@@ -552,14 +552,15 @@ def test_orthogonalised_matrices_have_singular_values_near_one(shape: tuple[int,
     assert float(cosine.min()) > 0.95
 
 
-def test_muon_agrees_with_torchs() -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_muon_agrees_with_torchs(bf16: bool) -> None:
     start = torch.randn(12, 20)
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
     names = {"weight": ours}
     module = torch.nn.Module()
     module.weight = ours
     recipe = OptimizerRecipe(name="muon", learning_rate=0.02, weight_decay=0.1)
-    optimizer = make_optimizer(module, recipe, lambda name: name not in names)
+    optimizer = make_optimizer(module, recipe, lambda name: name not in names, bf16=bf16)
     reference = torch.optim.Muon(
         [theirs], lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
     )
