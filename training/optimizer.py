@@ -123,8 +123,8 @@ def orthogonalise(matrices: Tensor) -> Tensor:
         matrices: (B, M, N), float32 or bfloat16.
 
     Returns:
-        (B, M, N), the same format: U Vᵀ of each matrix's singular value decomposition, roughly (singular values lie
-        between about 0.7 and 1.2).
+        (B, M, N), the same format: U Vᵀ of each matrix's singular value decomposition, roughly
+        (singular values lie between about 0.7 and 1.2).
     """
     x = matrices
     tall = x.shape[1] > x.shape[2]

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -24,6 +23,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import rotate_checkpoints
 
 from tokenizer_hf.errors import ConfigurationError

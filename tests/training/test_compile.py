@@ -1,5 +1,6 @@
 """torch.compile: the same losses, with hooks, folded LoRA, frozen parts, an adapter that is off."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +13,29 @@ from training.language_model import train
 from training.trainer import training_arguments
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_compiled_layers_learn_the_same(
-    packing: bool,
-    merged: Path,
-    cache: Path,
-    text: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Hooked heads, changing lengths and frozen parts survive the tracing (the eager backend runs
-    the traced graph as it is, so that a difference is one of tracing)."""
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The traced graphs; they run as they are, so that a difference is one of tracing."""
     torch.compiler.reset()
-    graphs: list[Any] = []
+    found: list[Any] = []
     plain = torch.compile
 
-    def compile(function: Any, **options: Any) -> Any:
-        def backend(graph: Any, inputs: Any) -> Any:
-            graphs.append(graph)
-            return graph.forward
+    def backend(graph: Any, inputs: Any) -> Any:
+        found.append(graph)
+        return graph.forward
 
+    def compile(function: Any, **options: Any) -> Any:
         return plain(function, **{**options, "backend": backend})
 
     monkeypatch.setattr(torch, "compile", compile)
+    return found
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_compiled_layers_learn_the_same(
+    packing: bool, merged: Path, cache: Path, text: Path, tmp_path: Path, graphs: list[Any]
+) -> None:
+    """Hooked heads, changing lengths and frozen parts survive the tracing."""
     changes: dict[str, Any] = {
         "optimizer": {"rows_first_steps": 1},
         "loss": {"text_kl": 0.5},
@@ -50,6 +51,37 @@ def test_compiled_layers_learn_the_same(
         assert bool(graphs) == compiled
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
     assert len(set(losses[1])) == 3
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_layers_and_lengths_share_one_graph(
+    mode: str, merged: Path, cache: Path, text: Path, tmp_path: Path, graphs: list[Any]
+) -> None:
+    settings = settings_of(merged, cache, text, tmp_path / "out")
+    changes: dict[str, Any] = {"lora": {"rank": 4, "fold": True}} if mode == "lora" else {}
+    data = {**settings["data"], "packing": True}
+    train(recipe_of(settings, mode=mode, data=data, compile=True, **changes))
+    assert len(graphs) == 1
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++: torch.compile needs it on a CPU")
+def test_compiled_to_machine_code(merged: Path, cache: Path, text: Path, tmp_path: Path) -> None:
+    torch.compiler.reset()
+    losses = []
+    for compiled in (False, True):
+        settings = settings_of(merged, cache, text, tmp_path / str(compiled))
+        folder = train(recipe_of(settings, compile=compiled, bf16=False))
+        losses.append([entry["loss"] for entry in metrics(folder)])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+
+
+def test_no_compiler(
+    merged: Path, cache: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    settings = settings_of(merged, cache, text, tmp_path / "out")
+    with pytest.raises(ConfigurationError, match="install one, or set compile to false"):
+        train(recipe_of(settings, compile=True))
 
 
 def test_what_cannot_be_compiled_is_refused(
