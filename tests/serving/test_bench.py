@@ -13,6 +13,7 @@ from PIL import Image
 from tests.toy import toy_merged_folder
 from tokenizer_hf.errors import ConfigurationError
 from unimodal.pipeline import Unimodal
+from unimodal.serving import bench
 from unimodal.serving.bench_report import Target, table, targets, targets_json, write_report
 from unimodal.serving.load import Hit, fire
 from unimodal.serving.traffic import (
@@ -178,7 +179,6 @@ def test_the_table_says_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_the_figures_of_some_requests() -> None:
-    bench = pytest.importorskip("unimodal.serving.bench")
     hits = [hit(0, 1 + index, tokens=10, images=1) for index in range(19)]
     found = bench.summary([*hits, hit(0, 40, error="503: full")])
     assert (found["requests"], found["errors"], found["first_error"]) == (20, 1, "503: full")
@@ -192,7 +192,6 @@ def test_the_figures_of_some_requests() -> None:
 
 
 def test_two_servers_are_compared_pair_by_pair() -> None:
-    bench = pytest.importorskip("unimodal.serving.bench")
     pairs = [(hit(0, 1.02 * slow, tokens=4), hit(0, slow, tokens=4)) for slow in (1, 2, 5, 9)]
     found = bench.paired([*pairs, (hit(0, 9, images=1), hit(0, 1))])
     assert (found["pairs"], found["drawn"]) == (4, 1)
@@ -203,7 +202,6 @@ def test_two_servers_are_compared_pair_by_pair() -> None:
 
 
 def test_metrics_are_read_over_all_labels() -> None:
-    bench = pytest.importorskip("unimodal.serving.bench")
     text = '# HELP a:b_sum x\na:b_sum{w="1"} 2.5\na:b_sum{w="2"} 1\na:b_sum_x 9\na:c 4\n'
     assert bench.metric(text, "a:b_sum") == 3.5
     assert bench.metric(text, "a:c") == 4
@@ -217,7 +215,6 @@ def test_metrics_are_read_over_all_labels() -> None:
     [{"parts": ("cell",)}, {"guidance": 1}, {"seconds": 0}, {"vllm_args": ("--max-num-seqs=4",)}],
 )
 def test_settings_that_cannot_be_right(settings: dict[str, Any]) -> None:
-    bench = pytest.importorskip("unimodal.serving.bench")
     with pytest.raises(ConfigurationError):
         bench.BenchSettings(**settings)
 

@@ -46,6 +46,14 @@ def test_codes_are_the_tokenizers(cache: Path, merged: Path, pictures: Path) -> 
     assert opened.question(int(opened.question_offsets[2])) == ("What colour is it?", "It's blue!")
 
 
+def test_tokenizers_that_come_with_the_package(pictures: Path, tmp_path: Path) -> None:
+    built = [
+        build_cache(str(pictures), name, tmp_path / name[8:], progress=False)
+        for name in ("shipped:image_tokenizer", "shipped:model")
+    ]
+    assert built[0].manifest.fingerprint == built[1].manifest.fingerprint
+
+
 def test_batch_size_does_not_matter(pictures: Path, tmp_path: Path) -> None:
     model = nested_image_tokenizer()
     one = build_cache(str(pictures), model, tmp_path / "one", batch_size=1, progress=False)

@@ -29,6 +29,7 @@ from tokenizer_hf.errors import CheckpointError, DataError, MismatchError
 from tokenizer_hf.files import atomic_write
 from tokenizer_hf.modeling_image_tokenizer import ImageTokenizer
 from training.data.sources import Row, Skipped, Source, no_good_row, open_source, report
+from unimodal.shipped import resolve
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,8 @@ def build_cache(
 
     Args:
         source: a `Source`, or what `open_source` takes.
-        image_tokenizer: the model, its folder, or a merged model's folder.
+        image_tokenizer: the model, its folder, a merged model's folder, or the name of one that
+            comes with this package ("shipped:image_tokenizer").
         out: the cache folder.
         batch_size: pictures a forward pass.
         shard_rows: rows a Parquet file; also what a kill can lose at most.
@@ -155,8 +157,9 @@ def build_cache(
 
 def image_tokenizer_folder(name: str | Path) -> str:
     """Return where the image tokenizer is: the folder itself, or a merged model's sub-folder."""
-    inner = Path(name) / "image_tokenizer"
-    return str(inner if (inner / "config.json").is_file() else name)
+    folder = resolve(str(name))
+    inner = Path(folder) / "image_tokenizer"
+    return str(inner if (inner / "config.json").is_file() else folder)
 
 
 class CodeCache:
