@@ -65,12 +65,17 @@ def test_layers_and_lengths_share_one_graph(
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++: torch.compile needs it on a CPU")
-def test_compiled_to_machine_code(merged: Path, cache: Path, text: Path, tmp_path: Path) -> None:
+def test_compiled_to_machine_code(
+    merged: Path, cache: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.compiler.reset()
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # no pool of processes
     losses = []
     for compiled in (False, True):
         settings = settings_of(merged, cache, text, tmp_path / str(compiled))
-        folder = train(recipe_of(settings, compile=compiled, bf16=False))
+        data = {**settings["data"], "packing": True}
+        lora = {"rank": 4, "fold": True}
+        folder = train(recipe_of(settings, data=data, lora=lora, compile=compiled, bf16=False))
         losses.append([entry["loss"] for entry in metrics(folder)])
     assert losses[1] == pytest.approx(losses[0], abs=1e-3)
 
