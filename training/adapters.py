@@ -109,9 +109,11 @@ class FoldedLoraLinear(LoraLinear):
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1 or kwargs:
             return super().forward(x, *args, **kwargs)
         [name] = self.active_adapters
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
+        lora_a: Any = self.lora_A[name]
+        lora_b: Any = self.lora_B[name]
         with torch.autocast(x.device.type, enabled=False):  # the sum keeps float32's precision
-            update = self.lora_B[name].weight @ self.lora_A[name].weight
+            update = lora_b.weight @ lora_a.weight
             weight = torch.add(base.weight, update, alpha=self.scaling[name])
         return nn.functional.linear(x, weight, base.bias)
 
