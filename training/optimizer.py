@@ -126,10 +126,8 @@ def orthogonalise(matrices: Tensor) -> Tensor:
         (B, M, N), the same format: U Vᵀ of each matrix's singular value decomposition, roughly
         (singular values lie between about 0.7 and 1.2).
     """
-    x = matrices
-    tall = x.shape[1] > x.shape[2]
-    if tall:
-        x = x.mT
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for a, b, c in NEWTON_SCHULZ:
         gram = x @ x.mT

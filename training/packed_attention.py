@@ -46,7 +46,7 @@ def require_packed_attention(model: Any, row_tokens: int, bf16: bool) -> None:
             for i, ids in enumerate(texts):
                 others = [*changed[:i], ids, *changed[i + 1 :]]
                 _require_equal(packed[i], _logits(model, others, row_tokens)[i], SAME)
-                [alone] = _logits(model, [ids], row_tokens)
+                [alone] = _logits(model, [ids], None)
                 _require_equal(packed[i], alone, ALONE.get(alone.dtype, 0.05))
     except (TypeError, ValueError) as error:  # ours, or a forward without position_ids
         config = model.config
@@ -58,8 +58,8 @@ def require_packed_attention(model: Any, row_tokens: int, bf16: bool) -> None:
         model.train(training)
 
 
-def _logits(model: Any, texts: list[np.ndarray], row_tokens: int) -> list[Tensor]:
-    """Return the logits (T, V) of each text."""
+def _logits(model: Any, texts: list[np.ndarray], row_tokens: int | None) -> list[Tensor]:
+    """Return the logits (T, V) of each text; without ``row_tokens``, at the model's own positions."""
     batch = collate([Example(ids, ids, "text") for ids in texts], row_tokens=row_tokens)
     device = model.get_input_embeddings().weight.device
     tokens = {n: batch[n].to(device) for n in ("input_ids", "position_ids") if n in batch}

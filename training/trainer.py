@@ -391,12 +391,18 @@ def compile_layers(model: Any) -> None:
         ConfigurationError: no C++ compiler, which torch needs on a CPU.
     """
     plain = model.get_base_model() if hasattr(model, "peft_config") else model
-    on_cpu = plain.device.type == "cpu"
-    if on_cpu and not any(map(shutil.which, [os.environ.get("CXX", "g++"), "clang++"])):
-        raise ConfigurationError(
-            "compile needs a C++ compiler on a CPU, and none was found (g++, clang++, or what CXX "
-            "names); install one, or set compile to false"
-        )
+    if plain.device.type == "cpu":
+        # Torch's own search; here, because the import takes two seconds.
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            raise ConfigurationError(
+                "compile needs a C++ compiler on a CPU, and none was found (g++, or what CXX "
+                "names); install one, or set compile to false"
+            ) from error
     # A batch that happens to have as many rows as a head has dimensions is no other kind of batch.
     torch.fx.experimental._config.use_duck_shape = False
     body = getattr(plain, plain.base_model_prefix)

@@ -761,14 +761,13 @@ def encode(
     from tokenizer_hf.errors import ConfigurationError
     from training.data.code_cache import build_cache
     from training.data.sources import open_source
-    from unimodal.shipped import resolve
 
     columns = dict(pair.split("=", 1) for pair in column or [] if "=" in pair)
     if len(columns) != len(column or []):
         raise ConfigurationError(f"--column takes ours=theirs, got {column}")
     cache = build_cache(
         open_source(source, split=split, columns=columns),
-        resolve(image_tokenizer),
+        image_tokenizer,
         out,
         batch_size=batch_size,
         bf16=bf16,

@@ -83,7 +83,7 @@ def test_compiled_to_machine_code(
 def test_no_compiler(
     merged: Path, cache: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
     settings = settings_of(merged, cache, text, tmp_path / "out")
     with pytest.raises(ConfigurationError, match="install one, or set compile to false"):
         train(recipe_of(settings, compile=True))

@@ -293,6 +293,20 @@ def test_positions_that_do_not_start_anew_are_refused() -> None:
         require_packed_attention(model, 0, bf16=False)
 
 
+def test_positions_that_the_model_counts_otherwise_are_refused() -> None:
+    """Packed examples agree among themselves here, and with none that is alone."""
+    model = tiny_llm("gpt2", vocab_size=VOCABULARY)
+
+    def one_later(module: Any, args: Any, given: dict[str, Any]) -> Any:
+        if given.get("position_ids") is not None:
+            given["position_ids"] = given["position_ids"] + 1
+        return args, given
+
+    model.transformer.register_forward_pre_hook(one_later, with_kwargs=True)
+    with pytest.raises(ConfigurationError, match="gpt2 with attention sdpa does not"):
+        require_packed_attention(model, 0, bf16=False)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("family", LLM_FAMILIES)
 def test_models_that_do_not_are_taken(family: str, bf16: bool) -> None:
