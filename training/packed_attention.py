@@ -59,7 +59,7 @@ def require_packed_attention(model: Any, row_tokens: int, bf16: bool) -> None:
 
 
 def _logits(model: Any, texts: list[np.ndarray], row_tokens: int | None) -> list[Tensor]:
-    """Return the logits (T, V) of each text; without ``row_tokens``, at the model's own positions."""
+    """Return the logits (T, V) of each text, without ``row_tokens`` at the model's positions."""
     batch = collate([Example(ids, ids, "text") for ids in texts], row_tokens=row_tokens)
     device = model.get_input_embeddings().weight.device
     tokens = {n: batch[n].to(device) for n in ("input_ids", "position_ids") if n in batch}
