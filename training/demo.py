@@ -52,7 +52,7 @@ class DemoRecipe:
     text_model: dict[str, Any] = field(default_factory=dict)
     llm: str | None = None
     """Folder or hub id of a text LLM, or "shipped:text_model"; None: train a small one
-    (text_tokenizer, text_model)."""
+    (text_tokenizer, text_model), or train on the one that ``text_model`` starts from."""
     merge: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
     choose_sampling: dict[str, Any] | None = None
@@ -310,13 +310,14 @@ class _Walk:
             )
         command = f"unimodal export-vocabulary {self.tokenizer} --out {p('vocabulary')}"
         stages.append(Stage("export_vocabulary", command, self.export_vocabulary))
-        if r.llm is None:
+        if r.llm is None and r.text_model.get("start") is None:
             size = r.text_tokenizer.get("vocab_size", 1024)
             command = (
                 f"unimodal train-text-tokenizer {' '.join(self.text('train'))} "
                 f"--vocab-size {size} --out {p('text_tokenizer')}"
             )
             stages.append(Stage("text_tokenizer", command, self.text_tokenizer))
+        if r.llm is None:
             stages.append(self.config_stage("text_model", "train-text-model", self.text_model))
         command = (
             f"unimodal encode {self.pictures['train']} --image-tokenizer {self.tokenizer} "
@@ -423,11 +424,12 @@ class _Walk:
 
     def text_model_recipe(self) -> dict[str, Any]:
         content = {
-            "tokenizer": self.path("text_tokenizer"),
             "output_dir": self.path("text_model"),
             "text": self.text("train"),
             **self.recipe.text_model,
         }
+        if content.get("start") is None:
+            content["tokenizer"] = self.path("text_tokenizer")
         content["training"] = {"seed": self.seed, **content.get("training", {})}
         return content
 

@@ -707,17 +707,16 @@ def estimate_recipe(path: str | Path, overrides: Sequence[str] = ()) -> list[Est
 
 
 def text_model_estimate(recipe: Any) -> Estimate:
-    """Estimate a `training.recipes.TextModelRecipe`; its tokenizer and its texts must be there."""
+    """Estimate a `training.recipes.TextModelRecipe`; what it starts from must be there."""
     from transformers import AutoTokenizer
 
     from training.data.examples import TextExamples
     from training.language_model import table_names
     from training.runs import resolved
-    from training.text_model import make_model
-    from unimodal.shipped import resolve
+    from training.text_model import make_model, start_folder
 
     recipe = resolved(recipe)
-    tokenizer = AutoTokenizer.from_pretrained(resolve(recipe.tokenizer))
+    tokenizer = AutoTokenizer.from_pretrained(start_folder(recipe))
     examples = TextExamples(tokenizer, recipe.text, recipe.max_length)
     with without_data():
         model = make_model(recipe, tokenizer)

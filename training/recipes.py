@@ -201,15 +201,18 @@ class LanguageModelRecipe:
 
 @dataclass(kw_only=True)
 class TextModelRecipe:
-    """`unimodal train-text-model`: a small causal LM from scratch, the base of a later merge."""
+    """`unimodal train-text-model`: a small causal LM, the base of a later merge."""
 
-    tokenizer: str
-    """Folder of the text tokenizer; a copy of it goes into the result."""
     output_dir: str
+    tokenizer: str | None = None
+    """Folder of the text tokenizer; a copy of it goes into the result. None: that of ``start``."""
+    start: str | None = None
+    """Folder or hub id of a causal LM to go on from, or "shipped:text_model", in place of
+    ``model_type`` and ``config``. None: start from random weights."""
     text: list[str] = field(default_factory=list)
     """JSONL files with {"text": ...} or text-only {"messages": [...]} lines."""
     model_type: str = "qwen3"
-    """Any causal LM that transformers knows: qwen3, llama, gemma3_text, ..."""
+    """Without ``start``: any causal LM that transformers knows: qwen3, llama, gemma3_text, ..."""
     config: dict[str, Any] = field(default_factory=dict)
     """Passed on to that model's configuration class: hidden_size, num_hidden_layers, ..."""
     max_length: int = 256
@@ -225,6 +228,12 @@ class TextModelRecipe:
 
     def __post_init__(self) -> None:
         _check_packing("packing", self.packing, self.attention)
+        if self.tokenizer is None and self.start is None:
+            raise ConfigurationError("give a tokenizer, or a text model to start from")
+        if self.start is not None and (self.tokenizer is not None or self.config):
+            raise ConfigurationError(
+                "start has a tokenizer and a config of its own; leave tokenizer and config out"
+            )
 
 
 def load_recipe(kind: type[R], path: str | Path, overrides: Iterable[str] = ()) -> R:

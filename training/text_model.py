@@ -1,4 +1,4 @@
-"""`unimodal train-text-model`: a small causal LM from scratch, to be merged later."""
+"""`unimodal train-text-model`: a small causal LM, to be merged later."""
 
 import logging
 from pathlib import Path
@@ -15,6 +15,7 @@ from training.language_model import make_steps, table_names
 from training.recipes import TextModelRecipe
 from training.runs import close_run, digest, open_run, publishing, run_to_the_end
 from training.trainer import UnimodalTrainer, training_arguments
+from unimodal.merge import find_folder
 from unimodal.shipped import resolve
 
 logger = logging.getLogger(__name__)
@@ -23,28 +24,30 @@ logger = logging.getLogger(__name__)
 def train_text_model(recipe: TextModelRecipe, *, resume: bool = True) -> Path:
     """Run a recipe to its end; ``output_dir`` then is a plain causal LM folder.
 
-    The model is made from ``model_type`` and ``config``; vocabulary size and special ids come from
-    the tokenizer. Chats are learnt as a whole, user turns too.
+    The model is made from ``model_type`` and ``config``, vocabulary size and special ids come from
+    the tokenizer; or it goes on from ``start``. Chats are learnt as a whole, user turns too.
 
     Args:
         resume: as in `training.language_model.train`.
 
     Raises:
         ConfigurationError: an unknown model type or setting, or ``output_dir`` holds another run.
-        CheckpointError: no tokenizer there.
+        CheckpointError: no tokenizer there, or no model to start from.
         DataError: the text files are missing or hold no usable line.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint has been written.
     """
     output_dir = Path(recipe.output_dir)
-    folder = resolve(recipe.tokenizer)
+    folder = start_folder(recipe)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"no text tokenizer at {recipe.tokenizer}: {error}") from error
+        raise CheckpointError(f"no text tokenizer at {folder}: {error}") from error
     identity = {
         "tokenizer": digest(sorted(Path(folder).glob("tokenizer.json"))),
         "data": digest([Path(file) for file in recipe.text]),
     }
+    if recipe.start is not None:
+        identity["start"] = digest(sorted(Path(folder).glob("*.safetensors")))
     finished, recipe = open_run(recipe, identity, resume)
     if finished:
         return output_dir
@@ -77,8 +80,28 @@ def train_text_model(recipe: TextModelRecipe, *, resume: bool = True) -> Path:
     return output_dir
 
 
+def start_folder(recipe: TextModelRecipe) -> str:
+    """Return the folder that the tokenizer comes from, and with ``start`` the weights too."""
+    if recipe.start is not None:
+        return str(find_folder(recipe.start))
+    return resolve(str(recipe.tokenizer))
+
+
 def make_model(recipe: TextModelRecipe, tokenizer: Any) -> torch.nn.Module:
-    """Make the random model; raises ConfigurationError for settings that its class refuses."""
+    """Make the model: random, or the one to start from.
+
+    Raises:
+        CheckpointError: there is no model to start from.
+        ConfigurationError: settings that the model's class refuses.
+    """
+    if recipe.start is not None:
+        folder = start_folder(recipe)
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation=recipe.attention
+            )
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"no text model to start from at {folder}: {error}") from error
     fixed = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,

@@ -803,7 +803,8 @@ def train_text_model(
     settings: Settings = None,
     resume: Resume = "auto",
 ) -> None:
-    """Train a small text LLM from scratch, to be merged with an image tokenizer.
+    """Train a small text LLM, to be merged with an image tokenizer: from scratch, or (`start`) from
+    another one on.
 
     unimodal train-text-model --config training/recipes/text_model.yaml
     """

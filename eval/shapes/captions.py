@@ -7,13 +7,18 @@ import random
 from collections import Counter
 from typing import Literal
 
+import numpy as np
+
+from eval.shapes.render import inside
 from eval.shapes.requirement import ObjectRequirement, Relation, Requirement
 from eval.shapes.scene import (
     COLOURS,
     HELD_OUT,
+    IMAGE_SIZE,
     RELATIONS,
     SHAPES,
     STATED_DISTANCE,
+    Level,
     Object,
     Scene,
     board_cells,
@@ -269,7 +274,7 @@ def _plainly(answer: str, distance: float) -> bool:
     return distance >= STATED_DISTANCE if answer == "yes" else distance <= 4
 
 
-# --- the board in words ---------------------------------------------------------------------------
+# --- pictures in words ----------------------------------------------------------------------------
 
 
 def board_text(scene: Scene) -> str:
@@ -286,6 +291,36 @@ def board_text(scene: Scene) -> str:
     for (row, column), (o, _) in cells.items():
         phrases[4 * row + column] = f"{o.size} {o.colour} {o.shape}"
     return " ".join(phrases)
+
+
+GRID = 8
+"""Cells along the grid of `grid_text`, of 8×8 pixels each."""
+_POINTS = 4  # along a cell, at which the objects are looked up
+_LEAST_POINTS = 2
+_TICKS = (np.arange(GRID * _POINTS) + 0.5) * (IMAGE_SIZE / (GRID * _POINTS))
+
+
+def grid_text(scene: Scene) -> str:
+    """A scene of any level in words, on an 8×8 grid in reading order, as a picture's codes go.
+
+    A cell is the object that covers most of it, "red star", or the background's word where objects
+    cover less than an eighth. Sizes are not said: they show in the number of cells.
+    """
+    phrases = [scene.background] * GRID**2
+    most = np.full(GRID**2, _LEAST_POINTS - 1)
+    for o in scene.objects:
+        u, v = ((_TICKS - middle) / o.radius for middle in (o.x, o.y))
+        covered = inside(o.shape, *np.meshgrid(u, v)).reshape(GRID, _POINTS, GRID, _POINTS)
+        points = covered.sum((1, 3)).ravel()
+        for cell in np.flatnonzero(points > most):
+            phrases[cell] = f"{o.colour} {o.shape}"
+        most = np.maximum(most, points)
+    return " ".join(phrases)
+
+
+def picture_text(scene: Scene, level: Level) -> str:
+    """A scene in words, cell by cell: `board_text` or, at level `free`, `grid_text`."""
+    return board_text(scene) if level == "board" else grid_text(scene)
 
 
 TEXT_KINDS = (
@@ -309,32 +344,33 @@ def prompt_words(scene: Scene, rng: random.Random) -> str:
 
 
 def world_text_messages(
-    scene: Scene, rng: random.Random, kind: str | None = None
+    scene: Scene, rng: random.Random, kind: str | None = None, level: Level = "board"
 ) -> tuple[str, list[dict[str, str]]]:
     """A short chat about a scene in words only: a text model learns the language of space from it.
 
     Args:
-        scene: of level `board`, unless `kind` is "caption" or "question_about_caption".
+        scene: what it is about.
         rng: source of randomness.
         kind: one of TEXT_KINDS; None draws one.
+        level: the scene's; boards are those of `picture_text`.
 
     Returns:
         kind and messages [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …];
         a dialogue has two or three pairs of turns: a board is asked for, then asked about.
 
     Raises:
-        DataError: a board is asked for and the scene does not stand on one.
+        DataError: a board of level `board` is asked for and the scene does not stand on one.
     """
     kind = kind or rng.choices(TEXT_KINDS, _KIND_WEIGHTS)[0]
     if kind == "caption_of_board":
-        user, assistant = f"{board_text(scene)} describe", captions(scene, rng)
+        user, assistant = f"{picture_text(scene, level)} describe", captions(scene, rng)
     elif kind == "board_of_caption":
-        user, assistant = f"draw in words {prompt_words(scene, rng)}", board_text(scene)
+        user, assistant = f"draw in words {prompt_words(scene, rng)}", picture_text(scene, level)
     elif kind == "question_about_board":
         question, assistant = questions(scene, rng, 1, every_pair=True)[0]
-        user = f"{board_text(scene)} {question}"
+        user = f"{picture_text(scene, level)} {question}"
     elif kind == "dialogue_about_board":
-        turns = [(f"draw in words {prompt_words(scene, rng)}", board_text(scene))]
+        turns = [(f"draw in words {prompt_words(scene, rng)}", picture_text(scene, level))]
         return kind, chat_messages([*turns, *questions(scene, rng, 2, every_pair=True)])
     elif kind == "caption":
         user, assistant = "describe", captions(scene, rng)

@@ -14,8 +14,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from eval.shapes.captions import (
-    board_text,
     captions,
+    picture_text,
     prompt_words,
     questions,
     world_text_messages,
@@ -27,7 +27,6 @@ from tokenizer_hf.files import atomic_folder
 
 MANIFEST = "world.json"
 _ROWS_PER_SHARD = 5000
-_FREE_KINDS = ("caption", "question_about_caption")
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,20 +238,16 @@ def _write_shard(folder: Path, shard: int, rows: list[dict[str, Any]], schema: A
 
 
 def _text_row(scene: Scene, rng: random.Random, level: Level) -> dict[str, str]:
-    kind = rng.choice(
-        ("caption", "board", "question") if level == "board" else ("caption", "question")
-    )
+    kind = rng.choice(("caption", "board", "question"))
     if kind == "caption":
         return {"text": captions(scene, rng)}
     if kind == "board":
-        text, board = captions(scene, rng), board_text(scene)
+        text, board = captions(scene, rng), picture_text(scene, level)
         return {"text": f"{text}: {board}" if rng.random() < 0.5 else f"{board}: {text}"}
-    about = "question_about_board" if level == "board" else "question_about_caption"
-    messages = world_text_messages(scene, rng, about)[1]
+    messages = world_text_messages(scene, rng, "question_about_board", level)[1]
     return {"text": f"{messages[0]['content']} {messages[1]['content']}"}
 
 
 def _chat_row(scene: Scene, rng: random.Random, level: Level) -> dict[str, Any]:
-    wanted = None if level == "board" else rng.choice(_FREE_KINDS)
-    kind, messages = world_text_messages(scene, rng, wanted)
+    kind, messages = world_text_messages(scene, rng, level=level)
     return {"messages": messages, "kind": kind}
