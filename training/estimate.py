@@ -701,7 +701,7 @@ def estimate_recipe(path: str | Path, overrides: Sequence[str] = ()) -> list[Est
     if isinstance(content.get("data"), list):
         recipe = build_recipe(TokenizerRecipe, content)
         return [image_tokenizer_estimate(recipe, recipe.count_pictures())]
-    if "config" in content:
+    if "config" in content or "start" in content:
         return [text_model_estimate(build_recipe(TextModelRecipe, content))]
     return dry_run(build_recipe(DemoRecipe, content), stop_after="merge")
 
@@ -719,7 +719,7 @@ def text_model_estimate(recipe: Any) -> Estimate:
     tokenizer = AutoTokenizer.from_pretrained(start_folder(recipe))
     examples = TextExamples(tokenizer, recipe.text, recipe.max_length)
     with without_data():
-        model = make_model(recipe, tokenizer)
+        model = make_model(recipe, tokenizer, weights=False)
     with fake(model):
         is_row, weights = table_names(model), {"text": 1.0}
         return _estimate("text_model", model, recipe, examples, weights, recipe.packing, is_row)

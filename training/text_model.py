@@ -87,21 +87,18 @@ def start_folder(recipe: TextModelRecipe) -> str:
     return resolve(str(recipe.tokenizer))
 
 
-def make_model(recipe: TextModelRecipe, tokenizer: Any) -> torch.nn.Module:
+def make_model(recipe: TextModelRecipe, tokenizer: Any, *, weights: bool = True) -> torch.nn.Module:
     """Make the model: random, or the one to start from.
+
+    Args:
+        weights: read those of ``start``; False: random ones, where only the shapes matter.
 
     Raises:
         CheckpointError: there is no model to start from.
         ConfigurationError: settings that the model's class refuses.
     """
     if recipe.start is not None:
-        folder = start_folder(recipe)
-        try:
-            return AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation=recipe.attention
-            )
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"no text model to start from at {folder}: {error}") from error
+        return _start_model(recipe, weights)
     fixed = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -117,3 +114,14 @@ def make_model(recipe: TextModelRecipe, tokenizer: Any) -> torch.nn.Module:
         raise ConfigurationError(
             f"model_type {recipe.model_type!r} with config {recipe.config}: {error}"
         ) from error
+
+
+def _start_model(recipe: TextModelRecipe, weights: bool) -> torch.nn.Module:
+    folder = start_folder(recipe)
+    settings = {"dtype": torch.float32, "attn_implementation": recipe.attention}
+    try:
+        if weights:
+            return AutoModelForCausalLM.from_pretrained(folder, **settings)
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), **settings)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"no text model to start from at {folder}: {error}") from error

@@ -13,6 +13,8 @@ from eval.shapes.captions import (
     TEXT_KINDS,
     board_text,
     caption_with_requirement,
+    grid_text,
+    picture_text,
     questions,
     world_text_messages,
 )
@@ -26,6 +28,7 @@ from eval.shapes.scene import (
     COLOURS,
     HELD_OUT,
     SHAPES,
+    Level,
     Object,
     Scene,
     board_cells,
@@ -292,16 +295,37 @@ def test_board_text() -> None:
         board_text(_scenes(1, 14, level="free")[0])
 
 
-def test_text_messages() -> None:
+def test_grid_text() -> None:
+    scene = Scene("tan", (Object("cross", "red", "small", 13.0, 20.0, 9.0),))
+    rows = [["tan"] * 8 for _ in range(8)]
+    for row, column in ((1, 1), (2, 0), (2, 1), (2, 2), (3, 1)):
+        rows[row][column] = "red cross"
+    assert grid_text(scene) == " ".join(cell for row in rows for cell in row)
+
+
+def test_grid_text_says_what_the_pixels_show() -> None:
+    for scene in _scenes(200, 17, level="free"):
+        phrases = re.findall(rf"(?:{'|'.join(COLOURS)}) \w+|\w+", grid_text(scene))
+        inks = (render_array(scene) != BACKGROUNDS[scene.background]).any(-1)
+        shares = inks.reshape(8, 8, 8, 8).mean((1, 3)).ravel()
+        for phrase, share in zip(phrases, shares, strict=True):
+            if share < 0.06:
+                assert phrase == scene.background
+            elif share > 0.4:
+                assert phrase in {f"{o.colour} {o.shape}" for o in scene.objects}
+
+
+@pytest.mark.parametrize("level", ["board", "free"])
+def test_text_messages(level: Level) -> None:
     rng = random.Random(15)
     seen = set()
-    for scene in _scenes(300, 15):
-        kind, messages = world_text_messages(scene, rng)
+    for scene in _scenes(300, 15, level=level):
+        kind, messages = world_text_messages(scene, rng, level=level)
         seen.add(kind)
         assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
         user, assistant, *more = (m["content"] for m in messages)
         if kind == "caption_of_board":
-            assert board_text(scene) in user
+            assert picture_text(scene, level) in user
             assert satisfies(scene, parse_caption(assistant) or Requirement(()))
         elif kind in ("board_of_caption", "dialogue_about_board"):
             for question, answer in zip(more[::2], more[1::2], strict=True):
@@ -310,10 +334,12 @@ def test_text_messages() -> None:
             assert satisfies(
                 scene, parse_caption(user.removeprefix("draw in words ")) or Requirement(())
             )
-            assert assistant == board_text(scene)
+            assert assistant == picture_text(scene, level)
         elif kind.startswith("question"):
             about = (
-                board_text(scene) if kind == "question_about_board" else user.split(".")[0] + "."
+                picture_text(scene, level)
+                if kind == "question_about_board"
+                else user.split(".")[0] + "."
             )
             _check_answer(scene, user.removeprefix(about).strip(), assistant)
         json.dumps(messages)

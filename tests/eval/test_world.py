@@ -12,7 +12,7 @@ from PIL import Image
 from eval.shapes.reading import parse_caption
 from eval.shapes.render import render_array
 from eval.shapes.requirement import satisfies
-from eval.shapes.scene import HELD_OUT
+from eval.shapes.scene import COLOURS, HELD_OUT
 from eval.shapes.world import WorldManifest, read_world, write_world
 from tokenizer_hf.errors import ConfigurationError, DataError
 
@@ -106,8 +106,12 @@ def test_free_world(tmp_path: Path) -> None:
     folder = write_world(
         tmp_path / "w", 40, level="free", captions_per_picture=2, validation=5, progress=False
     )
-    kinds = {json.loads(line)["kind"] for line in (folder / "chat/train.jsonl").open()}
-    assert kinds == {"caption", "question_about_caption"}
+    chats = [json.loads(line) for line in (folder / "chat/train.jsonl").open()]
+    drawn = [c["messages"][1]["content"] for c in chats if c["kind"] == "board_of_caption"]
+    assert len(drawn) > 5
+    for text in drawn:  # 64 cells, each a background or a colour and a shape
+        words = text.split()
+        assert len(words) - sum(word in COLOURS for word in words) == 64
 
 
 def test_errors(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from tests.training.conftest import write_pictures
 from tokenizer_hf.errors import ConfigurationError
 from training.demo import DemoRecipe, _Walk, load_demo_recipe, run_demo
+from training.recipes import TextModelRecipe, build_recipe
 from unimodal.cli import app
 
 TINY = {
@@ -186,3 +187,17 @@ def test_the_printed_commands_do_what_the_stages_do(
     assert len(calls) == 4
     assert calls[0] == calls[1] and calls[0][1:] == ("free", grid, 3, 5)
     assert calls[2] == calls[3] and 'It\'s "a" red circle.' in calls[2][1]
+
+
+def test_a_text_model_that_goes_on_brings_its_text_tokenizer(tmp_path: Path) -> None:
+    def stages(**settings: Any) -> list[str]:
+        walk = _Walk(DemoRecipe(shapes={"n": 8}, **settings), tmp_path / "walk", seed=5)
+        return [stage.name for stage in walk.stages()]
+
+    anew, on = stages(), stages(text_model={"start": "shipped:text_model"})
+    given = stages(llm="shipped:text_model")
+    assert [name for name in anew if name not in on] == ["text_tokenizer"]
+    assert [name for name in on if name not in given] == ["text_model"]
+    recipe = DemoRecipe(shapes={"n": 8}, text_model={"start": "shipped:text_model"})
+    settings = _Walk(recipe, tmp_path / "walk", seed=5).text_model_recipe()
+    assert build_recipe(TextModelRecipe, settings).tokenizer is None

@@ -248,6 +248,8 @@ def test_estimate_of_any_recipe(
     words = {"tokenizer": str(merged), "text": [str(text)], "config": sizes}
     found = of({**words, "training": {"max_steps": 3}})
     assert found.stage == "text_model" and found.examples_per_step == 64
+    shipped = {"start": "shipped:text_model", "text": [str(text)], "training": {"max_steps": 3}}
+    assert of(shipped).flops_per_step > 20 * found.flops_per_step
 
 
 def test_the_gpu_recipe_goes_through_in_miniature(tmp_path: Path) -> None:

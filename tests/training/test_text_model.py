@@ -77,3 +77,39 @@ def test_wrong_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="no such text file"):
         changed = {**settings, "text": ["/nowhere.jsonl"]}
         train_text_model(build_recipe(TextModelRecipe, changed), resume=False)
+
+
+def test_it_goes_on_from_another_model(settings: dict[str, Any], tmp_path: Path) -> None:
+    first = train_text_model(build_recipe(TextModelRecipe, settings))
+    more = {name: settings[name] for name in ("text", "optimizer", "training")}
+    more |= {"start": str(first), "output_dir": str(tmp_path / "second")}
+    second = train_text_model(build_recipe(TextModelRecipe, more))
+    losses = [
+        [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+        for lines in ((one / "metrics.jsonl").read_text().splitlines() for one in (first, second))
+    ]
+    assert losses[1][0] < losses[0][-1] < losses[0][0] / 2
+    models = [AutoModelForCausalLM.from_pretrained(one) for one in (first, second)]
+    assert models[0].config.to_diff_dict() == models[1].config.to_diff_dict()
+    tokenizers = [(one / "tokenizer.json").read_bytes() for one in (first, second)]
+    assert tokenizers[0] == tokenizers[1]
+    # Not a run of the same recipe on other weights.
+    train_text_model(build_recipe(TextModelRecipe, {**settings, "training": {
+        **settings["training"], "max_steps": 1}}), resume=False)  # fmt: skip
+    with pytest.raises(ConfigurationError, match="start"):
+        train_text_model(build_recipe(TextModelRecipe, more))
+
+
+def test_what_it_starts_from_must_be_given_and_there(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    more = {"output_dir": str(tmp_path / "run"), "text": settings["text"]}
+    with pytest.raises(ConfigurationError, match="give a tokenizer, or a text model"):
+        build_recipe(TextModelRecipe, more)
+    with pytest.raises(ConfigurationError, match="leave tokenizer and config out"):
+        build_recipe(TextModelRecipe, {**settings, "start": "shipped:text_model"})
+    with pytest.raises(CheckpointError, match="there is no folder /nowhere"):
+        train_text_model(build_recipe(TextModelRecipe, {**more, "start": "/nowhere"}))
+    with pytest.raises(CheckpointError, match="no text model to start from"):
+        only_tokenizer = settings["tokenizer"]
+        train_text_model(build_recipe(TextModelRecipe, {**more, "start": only_tokenizer}))
