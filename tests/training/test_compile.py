@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.toy import tiny_llm
 from tests.training.test_language_model import metrics, recipe_of, settings_of
 from tokenizer_hf.errors import ConfigurationError
 from training.language_model import train
-from training.trainer import training_arguments
+from training.trainer import compile_layers, training_arguments
 
 
 @pytest.fixture
@@ -61,6 +62,15 @@ def test_layers_and_lengths_share_one_graph(
     changes: dict[str, Any] = {"lora": {"rank": 4, "fold": True}} if mode == "lora" else {}
     data = {**settings["data"], "packing": True}
     train(recipe_of(settings, mode=mode, data=data, compile=True, **changes))
+    assert len(graphs) == 1
+
+
+def test_a_length_that_equals_another_size_is_no_case_of_its_own(graphs: list[Any]) -> None:
+    model = tiny_llm(vocab_size=64)
+    width, head = model.config.hidden_size, model.config.head_dim
+    compile_layers(model)
+    for rows, length in ((2, width), (2, width + 4), (head, head), (3, 9)):
+        model(torch.ones(rows, length, dtype=torch.int64), use_cache=False)
     assert len(graphs) == 1
 
 
