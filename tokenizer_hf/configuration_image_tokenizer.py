@@ -53,7 +53,8 @@ class ImageTokenizerConfig(PretrainedConfig):
             data.
         fsq_levels: FSQ: number of levels of each dimension.
         product_sizes: product: codes of each part. Palette bodies have three parts: mask,
-            foreground colour, background colour; elsewhere the latent is cut evenly.
+            foreground colour, background colour; or two: mask, pair of colours (fewer codes where
+            few pairs come). Elsewhere the latent is cut evenly.
 
     Raises:
         ConfigurationError: values that cannot be right together.
@@ -156,7 +157,8 @@ class ImageTokenizerConfig(PretrainedConfig):
     def product_dims(self) -> list[int]:
         """Width of each part of the latent that a product quantizer cuts."""
         if self.encoder_type == "palette":
-            return [self.patch_size**2, self.num_channels, self.num_channels]
+            C = self.num_channels
+            return [self.patch_size**2, *([2 * C] if len(self.product_sizes) == 2 else [C, C])]
         parts = len(self.product_sizes)
         return [self.codebook_dim // parts] * parts
 
@@ -236,10 +238,10 @@ class ImageTokenizerConfig(PretrainedConfig):
         if not sizes or min(sizes) < 1:
             raise ConfigurationError(f"product_sizes is {sizes}; expected at least 1 code each")
         palette = self.encoder_type == "palette"
-        if palette and len(sizes) != 3:
+        if palette and len(sizes) not in (2, 3):
             raise ConfigurationError(
                 f"product_sizes is {sizes}; palette bodies have three parts: mask, foreground, "
-                "background"
+                "background; or two: mask, both colours"
             )
         if not palette and self.codebook_dim % len(sizes):
             raise ConfigurationError(
