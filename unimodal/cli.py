@@ -5,6 +5,7 @@ A mistake of the user ends in one line on standard error and exit code 2 (``--de
 traceback), Ctrl-C in exit code 130.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -26,10 +27,21 @@ app = typer.Typer(
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
+class _Notes(logging.Handler):
+    """Shows what trainings say of themselves: what they go on from, which examples they mix."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(record.getMessage(), err=True)
+
+
 @app.callback()
 def _options(debug: Debug = False) -> None:
     if debug:
         os.environ["UNIMODAL_DEBUG"] = "1"
+    notes = logging.getLogger("training")
+    notes.setLevel(logging.INFO)
+    if not any(isinstance(handler, _Notes) for handler in notes.handlers):
+        notes.addHandler(_Notes())
 
 
 # --- image tokenizer ------------------------------------------------------------------------------

@@ -83,6 +83,7 @@ def walk(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "merge: done before" in done.stdout
+    assert "examples by direction: draw " in done.stderr
     assert "perplexity of the base" in done.stdout  # the result table
     after = json.loads((out / "demo.json").read_text())["seconds"]
     assert {name: after[name] for name in before} == before
