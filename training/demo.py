@@ -429,7 +429,7 @@ class _Walk:
             **self.recipe.text_model,
         }
         if content.get("start") is None:
-            content["tokenizer"] = self.path("text_tokenizer")
+            content.setdefault("tokenizer", self.path("text_tokenizer"))
         content["training"] = {"seed": self.seed, **content.get("training", {})}
         return content
 

@@ -713,13 +713,14 @@ def text_model_estimate(recipe: Any) -> Estimate:
     from training.data.examples import TextExamples
     from training.language_model import table_names
     from training.runs import resolved
-    from training.text_model import make_model, start_folder
+    from training.text_model import make_model, tokenizer_folder
 
     recipe = resolved(recipe)
-    tokenizer = AutoTokenizer.from_pretrained(start_folder(recipe))
+    folder = tokenizer_folder(recipe)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     examples = TextExamples(tokenizer, recipe.text, recipe.max_length)
     with without_data():
-        model = make_model(recipe, tokenizer, weights=False)
+        model = make_model(recipe, tokenizer, folder, weights=False)
     with fake(model):
         is_row, weights = table_names(model), {"text": 1.0}
         return _estimate("text_model", model, recipe, examples, weights, recipe.packing, is_row)

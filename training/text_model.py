@@ -37,7 +37,7 @@ def train_text_model(recipe: TextModelRecipe, *, resume: bool = True) -> Path:
         KeyboardInterrupt: after Ctrl-C, once a checkpoint has been written.
     """
     output_dir = Path(recipe.output_dir)
-    folder = start_folder(recipe)
+    folder = tokenizer_folder(recipe)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -52,7 +52,7 @@ def train_text_model(recipe: TextModelRecipe, *, resume: bool = True) -> Path:
     if finished:
         return output_dir
     set_seed(recipe.training.get("seed", 0))
-    model = make_model(recipe, tokenizer)
+    model = make_model(recipe, tokenizer, folder)
     examples = TextExamples(tokenizer, recipe.text, recipe.max_length)
     args = training_arguments(str(output_dir), bool(recipe.bf16), recipe.training)
     mix = Mix(
@@ -80,17 +80,20 @@ def train_text_model(recipe: TextModelRecipe, *, resume: bool = True) -> Path:
     return output_dir
 
 
-def start_folder(recipe: TextModelRecipe) -> str:
-    """Return the folder that the tokenizer comes from, and with ``start`` the weights too."""
+def tokenizer_folder(recipe: TextModelRecipe) -> str:
+    """Return the folder that the tokenizer comes from, with ``start`` the weights as well."""
     if recipe.start is not None:
         return str(find_folder(recipe.start))
     return resolve(str(recipe.tokenizer))
 
 
-def make_model(recipe: TextModelRecipe, tokenizer: Any, *, weights: bool = True) -> torch.nn.Module:
+def make_model(
+    recipe: TextModelRecipe, tokenizer: Any, folder: str, *, weights: bool = True
+) -> torch.nn.Module:
     """Make the model: random, or the one to start from.
 
     Args:
+        folder: that of `tokenizer_folder`.
         weights: read those of ``start``; False: random ones, where only the shapes matter.
 
     Raises:
@@ -98,7 +101,7 @@ def make_model(recipe: TextModelRecipe, tokenizer: Any, *, weights: bool = True)
         ConfigurationError: settings that the model's class refuses.
     """
     if recipe.start is not None:
-        return _start_model(recipe, weights)
+        return _start_model(folder, recipe.attention, weights)
     fixed = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -116,9 +119,8 @@ def make_model(recipe: TextModelRecipe, tokenizer: Any, *, weights: bool = True)
         ) from error
 
 
-def _start_model(recipe: TextModelRecipe, weights: bool) -> torch.nn.Module:
-    folder = start_folder(recipe)
-    settings = {"dtype": torch.float32, "attn_implementation": recipe.attention}
+def _start_model(folder: str, attention: str, weights: bool) -> torch.nn.Module:
+    settings = {"dtype": torch.float32, "attn_implementation": attention}
     try:
         if weights:
             return AutoModelForCausalLM.from_pretrained(folder, **settings)

@@ -34,14 +34,16 @@ class _Notes(logging.Handler):
         typer.echo(record.getMessage(), err=True)
 
 
+_NOTES = _Notes()
+
+
 @app.callback()
 def _options(debug: Debug = False) -> None:
     if debug:
         os.environ["UNIMODAL_DEBUG"] = "1"
     notes = logging.getLogger("training")
     notes.setLevel(logging.INFO)
-    if not any(isinstance(handler, _Notes) for handler in notes.handlers):
-        notes.addHandler(_Notes())
+    notes.addHandler(_NOTES)
 
 
 # --- image tokenizer ------------------------------------------------------------------------------

@@ -202,3 +202,5 @@ def test_a_text_model_that_goes_on_brings_its_text_tokenizer(tmp_path: Path) -> 
     recipe = DemoRecipe(shapes={"n": 8}, text_model={"start": "shipped:text_model"})
     settings = _Walk(recipe, tmp_path / "walk", seed=5).text_model_recipe()
     assert build_recipe(TextModelRecipe, settings).tokenizer is None
+    own = DemoRecipe(shapes={"n": 8}, text_model={"tokenizer": "/my/tokenizer"})
+    assert _Walk(own, tmp_path / "walk", seed=5).text_model_recipe()["tokenizer"] == "/my/tokenizer"

@@ -94,8 +94,8 @@ def test_it_goes_on_from_another_model(settings: dict[str, Any], tmp_path: Path)
     tokenizers = [(one / "tokenizer.json").read_bytes() for one in (first, second)]
     assert tokenizers[0] == tokenizers[1]
     # Not a run of the same recipe on other weights.
-    train_text_model(build_recipe(TextModelRecipe, {**settings, "training": {
-        **settings["training"], "max_steps": 1}}), resume=False)  # fmt: skip
+    shorter = {**settings, "training": {**settings["training"], "max_steps": 1}}
+    train_text_model(build_recipe(TextModelRecipe, shorter), resume=False)
     with pytest.raises(ConfigurationError, match="start"):
         train_text_model(build_recipe(TextModelRecipe, more))
 

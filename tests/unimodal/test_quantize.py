@@ -15,7 +15,9 @@ from tokenizer_hf.errors import CheckpointError, ConfigurationError
 from unimodal.merge import merge
 from unimodal.pipeline import Unimodal
 
-quantization = pytest.importorskip("compressed_tensors.quantization")
+quantization = pytest.importorskip(
+    "compressed_tensors.quantization", reason="compressed-tensors (of the serve extras) is missing"
+)
 from unimodal.quantize import quantize, quantized_linear  # noqa: E402
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 2}
