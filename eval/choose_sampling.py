@@ -1,4 +1,4 @@
-"""Choose how a model draws: guidance, temperature and top-k, on prompts that no score uses.
+"""Choose how a model draws: guidance, temperature, top-k, candidates; on prompts no score uses.
 
 Source of the question: Ho and Salimans, "Classifier-Free Diffusion Guidance" (2022), §5: the best
 guidance differs from model to model and has to be measured.
@@ -33,6 +33,7 @@ class SamplingGrid:
     guidance: Sequence[float] = (1.0, 1.5, 2.0, 3.0)
     temperature: Sequence[float] = (0.3, 0.5, 0.7, 1.0)
     top_k: Sequence[int | None] = (None,)
+    candidates: Sequence[int] = (1,)
 
 
 def choose_sampling(
@@ -58,8 +59,9 @@ def choose_sampling(
         seed: of prompts and drawings.
 
     Returns:
-        One entry a setting, best first: ``guidance``, ``temperature``, ``top_k``, ``score`` (mean
-        over the categories of the share of drawings that fulfil their prompt) and ``categories``.
+        One entry a setting, best first: ``guidance``, ``temperature``, ``top_k``, ``candidates``,
+        ``score`` (mean over the categories of the share of drawings that fulfil their prompt) and
+        ``categories``.
 
     Raises:
         CheckpointError: not a local merged folder.
@@ -78,7 +80,7 @@ def choose_sampling(
         for category in CATEGORIES
         for prompt in prompts(category, n, seed + VALIDATION_SEED, level=level)
     ]
-    settings = list(product(grid.guidance, grid.temperature, grid.top_k))
+    settings = list(product(*asdict(grid).values()))
     tried = []
     for values in tqdm(settings, desc="sampling", disable=None if progress else True):
         named = dict(zip(asdict(grid), values, strict=True))

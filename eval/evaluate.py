@@ -73,7 +73,9 @@ class EvaluationSettings:
     guidance: float | None = None
     temperature: float | None = None
     top_k: int | None = None
-    """Of the image codes; where None, the model's own. Captions and answers are greedy."""
+    candidates: int | None = None
+    """Of the drawings; where None, the model's own. Captions and answers are greedy, and a drawing
+    within a dialogue is the first that comes."""
 
     def __post_init__(self) -> None:
         for name in ("n", "pictures", "dialogues", "texts"):
@@ -454,7 +456,8 @@ def _draw(run: _Run, name: str, plan: Sequence[Prompt]) -> tuple[list[Image.Imag
     """The drawings and the parser's verdicts."""
     settings, model = run.settings, run.model
     drawn: list[Image.Image] = []
-    ids: list[list[int]] = [[] for _ in plan]
+    each = settings.candidates or 1
+    ids: list[list[int]] = [[] for _ in range(len(plan) * each)]
     with run.stage(name, len(plan)) as advance:
         for chunk in _chunks(plan):
             first = len(drawn)
@@ -464,7 +467,8 @@ def _draw(run: _Run, name: str, plan: Sequence[Prompt]) -> tuple[list[Image.Imag
                 guidance=settings.guidance,
                 temperature=settings.temperature,
                 top_k=settings.top_k,
-                on_token=partial(_note, ids, first),
+                candidates=each,
+                on_token=partial(_note, ids, first * each),
             )
             advance(len(chunk))
     grammar = ImageSpanGrammar(model.processor.vocabulary)

@@ -56,7 +56,7 @@ class DemoRecipe:
     merge: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
     choose_sampling: dict[str, Any] | None = None
-    """Choose guidance and temperature on validation prompts (`grid`, `n`); only with ``shapes``.
+    """Choose the sampling settings on validation prompts (`grid`, `n`); only with ``shapes``.
     None: leave the model's defaults."""
     evaluate: dict[str, Any] = field(default_factory=dict)
     draw: list[str] = field(default_factory=list)
@@ -293,7 +293,7 @@ class _Walk:
     @property
     def sampling(self) -> dict[str, Any]:
         """How drawings are sampled: as they are for the scores."""
-        names = ("guidance", "temperature", "top_k")
+        names = ("guidance", "temperature", "top_k", "candidates")
         return {name: self.recipe.evaluate[name] for name in names if name in self.recipe.evaluate}
 
     def stages(self) -> list[Stage]:

@@ -2,13 +2,14 @@
 
 A code of FSQ or of a product quantizer is a combination of factors: a mask, a colour, a ground.
 Trained freely, the row of a combination that training never shows learns nothing but that it
-never comes. Here the row of a code is what it started as, plus the sum of its factors' rows. So
-whatever is learnt of "red" and of "star" holds for a red star too.
+never comes. Here the row of a code is the sum of its factors' rows, which start as the
+least-squares fit to the codes' rows. So whatever is learnt of "red" and of "star" holds for a red
+star too.
 
 A sum makes the factors independent given the model's state. So where either the empty background
 or a red star may come, it would mix the two. What fills much of all pictures, such as the
-background, has a deviation of its own, which mends that and teaches nothing of rare combinations.
-(docs/learning.md has it measured: no deviations, all, and these.)
+background, has a part of its own, which mends that and teaches nothing of rare combinations.
+(docs/learning.md has it measured: no such parts, all, and these.)
 
 Nor does a code count against a prediction only because training happens not to show it: a softmax
 would learn of an uncoloured "star" that it is anything but cyan. `unseen_combinations` finds the
@@ -19,6 +20,7 @@ What is saved is an ordinary PEFT adapter: everything is folded into the codes' 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -33,20 +35,44 @@ from torch import Tensor, nn
 FACTOR_ROWS = "factor_rows"
 """Name of the parameter, (number of factors' values, D), that holds the shared rows."""
 OWN_ROW_SHARE = 0.01
-"""A code that fills more than this share of the training pictures has a deviation of its own."""
+"""A code that fills more than this share of the training pictures has a part of its own."""
 MEETS_SHARE = 0.5
 """Two factors' values that never meet could meet if each meets this share of the other factor's."""
 STATE_FILE = "factored_rows.safetensors"
 """Beside a checkpoint's adapter: the parts that are folded there, apart."""
 
 
-def share_rows(model: nn.Module, factors: np.ndarray, shares: np.ndarray) -> None:
+@dataclass(eq=False)
+class CompactRows:
+    """The head's rows without those that are only sums: what `training.factored_head` sums up.
+
+    Attributes:
+        own_ids: int64 (P,): ids with a row of their own: text, start, end, common codes, padding.
+        factors: int64 (K, number of factors), as `share_rows` takes them.
+        sizes: how many values each factor has.
+        first_code: the id of code 0.
+        num_rows: of the whole head.
+        on: whether the head computes with (own rows, factors' rows) now.
+    """
+
+    own_ids: Tensor
+    factors: np.ndarray
+    sizes: list[int]
+    first_code: int
+    num_rows: int
+    on: bool = False
+
+
+def share_rows(model: nn.Module, factors: np.ndarray, shares: np.ndarray) -> CompactRows | None:
     """Let the rows of an adapter share their factors' rows, in place.
 
     Args:
         model: a PEFT model that trains the rows of start, end and all codes, in this order.
         factors: int64 (K, number of factors): which shared rows each code sums up.
         shares: float (K,): how much of the training pictures each code fills, in [0, 1].
+
+    Returns:
+        the head's rows in short form; None where the codes do not fill the grid of their factors.
     """
     columns = torch.from_numpy(factors)
     has_own = torch.from_numpy(shares > OWN_ROW_SHARE)
@@ -55,10 +81,65 @@ def share_rows(model: nn.Module, factors: np.ndarray, shares: np.ndarray) -> Non
         owner = layer.tied_adapter or layer
         if owner is layer:
             for own in layer.trainable_tokens_delta.values():
-                shared = own.new_zeros(int(factors.max()) + 1, own.shape[1])
+                weights = torch.from_numpy(shares).float().to(own.device)
+                shared = _fit(own.detach()[2:], columns.to(own.device), weights)
                 layer.register_parameter(FACTOR_ROWS, nn.Parameter(shared))
+                with torch.no_grad():
+                    own -= _sums(shared, columns)
+                    own *= mask.to(own.device)
                 own.register_hook(partial(_only_own, mask.to(own.device)))
-        layer.get_merged_weights = partial(_merged_weights, layer, owner, columns)
+        layer.factor_columns = columns
+        layer.get_merged_weights = partial(_merged_weights, layer, owner)
+    return _compact_head(model, factors, has_own)
+
+
+def _compact_head(model: Any, factors: np.ndarray, has_own: Tensor) -> CompactRows | None:
+    """Give the head a short form of its weight, where there is one."""
+    sizes = [len(np.unique(values)) for values in factors.T]
+    head = getattr(model.get_output_embeddings(), "token_adapter", None)
+    if len(sizes) < 2 or np.prod(sizes) != len(factors) or head is None:
+        return None
+    [ids] = head.token_indices.values()
+    first = ids[2]
+    num_rows = head.base_layer.weight.shape[0]
+    is_sum = torch.zeros(num_rows, dtype=torch.bool)
+    is_sum[first : first + len(factors)] = ~has_own
+    own_ids = torch.nonzero(~is_sum).flatten()
+    rows = CompactRows(own_ids, factors, sizes, first, num_rows)
+    trained = torch.cat([torch.ones(2, dtype=torch.bool), has_own])
+    places = torch.searchsorted(own_ids, torch.tensor(ids)[trained])
+    kept = torch.nonzero(trained).flatten()
+    whole, owner = head.get_merged_weights, head.tied_adapter or head
+    columns = torch.from_numpy(factors)[kept[2:] - 2]
+
+    def merged(active_adapters: Any) -> Tensor:
+        if not rows.on:
+            return whole(active_adapters)
+        shared = getattr(owner, FACTOR_ROWS)
+        weight = head.base_layer.weight[own_ids.to(shared.device)]
+        for name in active_adapters:
+            own = owner.trainable_tokens_delta[name][kept.to(shared.device)]
+            own = own + _sums(shared, columns)
+            weight = weight.index_copy(0, places.to(shared.device), own.to(weight))
+        return torch.cat([weight, shared.to(weight)])
+
+    head.get_merged_weights = merged
+    return rows
+
+
+def _fit(rows: Tensor, columns: Tensor, shares: Tensor) -> Tensor:
+    """(F, D): the factors' rows whose sums come closest to the codes' rows (K, D).
+
+    Codes count by how often they come, and a thousandth of the mean more, so that those that never
+    come count too.
+    """
+    design = rows.new_zeros(len(columns), int(columns.max()) + 1)
+    design = design.scatter(1, columns, 1.0).double()
+    weights = (shares + 1e-3 * shares.mean() + 1e-9).double()[:, None]
+    gram = design.T @ (weights * design)
+    # Rows may move from one factor to another and their sums stay: the ridge settles it.
+    gram = gram + 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
+    return torch.linalg.solve(gram, design.T @ (weights * rows.double())).to(rows)
 
 
 def unseen_combinations(factors: np.ndarray, shares: np.ndarray) -> np.ndarray:
@@ -96,10 +177,9 @@ def folded(model: nn.Module) -> Iterator[None]:
     kept = []
     with torch.no_grad():
         for layer in _sharing(model):
-            columns = layer.get_merged_weights.args[2]
             for own in layer.trainable_tokens_delta.values():
                 kept.append((own, own.clone()))
-                own += _sums(getattr(layer, FACTOR_ROWS), columns)
+                own += _sums(getattr(layer, FACTOR_ROWS), layer.factor_columns)
     try:
         yield
     finally:
@@ -152,11 +232,12 @@ def _only_own(mask: Tensor, gradient: Tensor) -> Tensor:
     return gradient * mask
 
 
-def _merged_weights(layer: Any, owner: Any, columns: Tensor, active_adapters: Any) -> Tensor:
+def _merged_weights(layer: Any, owner: Any, active_adapters: Any) -> Tensor:
     """PEFT's ``TrainableTokensLayer.get_merged_weights``, with the factors' rows added."""
     weight = layer.base_layer.weight
+    sums = _sums(getattr(owner, FACTOR_ROWS), layer.factor_columns)
     for name in active_adapters:
-        rows = layer.trainable_tokens_delta[name] + _sums(getattr(owner, FACTOR_ROWS), columns)
+        rows = layer.trainable_tokens_delta[name] + sums
         index = torch.tensor(layer.token_indices[name], device=weight.device)
         weight = weight.index_copy(0, index, rows.to(weight))
     return weight

@@ -15,6 +15,7 @@ from training.data.collate import Steps
 from training.data.examples import Examples
 from training.data.mixing import Mix
 from training.data.packing import row_tokens
+from training.factored_head import factored_head
 from training.factored_rows import share_rows, unseen_combinations
 from training.recipes import DataRecipe, LanguageModelRecipe
 from training.runs import close_run, digest, open_run, publishing, run_to_the_end
@@ -59,7 +60,7 @@ def train(recipe: LanguageModelRecipe, *, resume: bool = True) -> Path:
     examples = Examples(processor, recipe.data.caches, recipe.data.text, recipe.data.max_length)
     model = load_model(folder, recipe)
     text_ids, row_ids = _id_groups(processor)
-    uncounted = None
+    uncounted = rows = None
     if recipe.mode == "full":
         is_row = table_names(model)
     else:
@@ -68,7 +69,7 @@ def train(recipe: LanguageModelRecipe, *, resume: bool = True) -> Path:
         if recipe.lora.rows == "factored":
             config = ImageTokenizerConfig.from_pretrained(folder / "image_tokenizer")
             factors, code_shares = config.code_factors(), examples.code_shares()
-            share_rows(model, factors, code_shares)
+            rows = share_rows(model, factors, code_shares)
             uncounted = torch.zeros(processor.vocabulary.rows, dtype=torch.bool)
             codes = processor.vocabulary.code_token_ids
             uncounted[codes.start : codes.stop] = torch.from_numpy(
@@ -105,6 +106,7 @@ def train(recipe: LanguageModelRecipe, *, resume: bool = True) -> Path:
         row_ids=row_ids if recipe.mode == "full" else None,
         code_ids=processor.vocabulary.code_token_ids,
         uncounted=uncounted,
+        factored_head=factored_head(model, rows, uncounted),
         row_tokens=row_tokens(recipe.data.packing, recipe.attention),
         compiled=recipe.compile,
     )

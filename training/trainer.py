@@ -30,6 +30,7 @@ from tokenizer_hf.errors import ConfigurationError
 from tokenizer_hf.files import atomic_write
 from training.data.collate import Steps, collate
 from training.estimate import Speedometer
+from training.factored_head import FactoredHead
 from training.factored_rows import folded, load_parts, save_parts
 from training.optimizer import make_optimizer
 from training.packed_attention import require_packed_attention
@@ -133,6 +134,8 @@ class UnimodalTrainer(Trainer):
         row_ids: ids of the new rows; in mode full, ``rows_first_steps`` trains only these.
         code_ids: ids of the image codes; only needed with ``uncounted``.
         uncounted: bool (V,): codes that stay out of the softmax where a code is to be predicted.
+        factored_head: computes the loss in place of the full softmax, with the same value; None:
+            the full softmax.
         text_ids: ids over which ``text_kl`` compares with the base.
         row_tokens: pack micro-batches into rows of this length, as `training.data.packing.layout`
             takes it; None: pad them.
@@ -156,6 +159,7 @@ class UnimodalTrainer(Trainer):
         row_ids: Tensor | None = None,
         code_ids: range = range(0),
         uncounted: Tensor | None = None,
+        factored_head: FactoredHead | None = None,
         row_tokens: int | None = None,
         compiled: bool = False,
     ) -> None:
@@ -172,6 +176,7 @@ class UnimodalTrainer(Trainer):
         self.optimizer_recipe, self.is_row = optimizer, is_row
         self.text_kl, self.text_ids = loss.text_kl, text_ids
         self.code_ids, self.uncounted = code_ids, uncounted
+        self.factored_head = factored_head
         factors = torch.tensor([loss.weights.get(d, 1.0) for d in DIRECTIONS])
         self._factors = None if bool((factors == 1).all()) else factors
         self._sums = torch.zeros(3, len(DIRECTIONS), dtype=torch.float64)
@@ -226,12 +231,17 @@ class UnimodalTrainer(Trainer):
         labels = inputs["labels"][:, 1:]
         learnt = labels != IGNORED
         plain = self.accelerator.unwrap_model(model)
-        with labelled_positions(plain, learnt):
+        head = self.factored_head
+        compact = contextlib.nullcontext() if head is None else head.compact()
+        with labelled_positions(plain, learnt), compact:
             outputs = model(**_tokens(inputs), use_cache=False)
         logits = outputs.logits[0].float()
-        losses = nn.functional.cross_entropy(
-            self._counted(logits, labels[learnt]), labels[learnt], reduction="none"
-        )
+        if head is not None:
+            losses = head.losses(logits, labels[learnt])
+        else:
+            losses = nn.functional.cross_entropy(
+                self._counted(logits, labels[learnt]), labels[learnt], reduction="none"
+            )
         directions = inputs["directions"][inputs["segments"][:, 1:][learnt]]
         self.speedometer.add(inputs["lengths"], learnt.sum())
         self._count(0, directions, losses)
@@ -257,7 +267,8 @@ class UnimodalTrainer(Trainer):
         """Sum KL(base || tuned) over the text vocabulary at the loss positions of texts.
 
         Args:
-            logits: float32 (N, V), of the labelled positions, row by row.
+            logits: float32 (N, V), of the labelled positions, row by row; with a factored head
+                (N, P + F).
             directions: int64 (N,).
         """
         text = DIRECTIONS.index("text")
@@ -274,7 +285,10 @@ class UnimodalTrainer(Trainer):
         tuned = logits[directions == text]
         if self.text_ids is not None:
             columns = self.text_ids.to(base.device)
-            base, tuned = base[:, columns], tuned[:, columns]
+            base = base[:, columns]
+            if self.factored_head is not None:
+                columns = self.factored_head.columns.to(base.device)[columns]
+            tuned = tuned[:, columns]
         base, tuned = base.log_softmax(-1), tuned.log_softmax(-1)
         divergences = (base.exp() * (base - tuned)).sum(-1)
         self._count(2, directions[directions == text], divergences)

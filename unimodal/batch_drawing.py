@@ -3,7 +3,7 @@
 Each line of the prompts file is one JSON object::
 
     {"prompt": "a red circle", "id": "c1", "n": 2, "seed": 7, "guidance": 4, "temperature": 1,
-     "top_k": 50, "budget": 16, "negative_prompt": "blue"}
+     "top_k": 50, "candidates": 4, "budget": 16, "negative_prompt": "blue"}
 
 Only ``prompt`` is needed. ``manifest.jsonl`` gets one line for each finished picture, written
 behind its PNG, so a run that was killed goes on with the pictures that have no line yet.
@@ -25,6 +25,7 @@ from tqdm import tqdm
 from tokenizer_hf.errors import ConfigurationError, DataError, MismatchError, UnimodalError
 from tokenizer_hf.files import atomic_write
 from tokenizer_hf.vocabulary import ImageVocabulary
+from unimodal.generation.candidates import MAX_CANDIDATES, candidate_seeds
 from unimodal.generation.grammar import ImageSpanGrammar
 from unimodal.generation.sampling import SamplingSettings, generate
 from unimodal.pipeline import ROWS_PER_BATCH, Unimodal
@@ -46,6 +47,7 @@ class Defaults:
     guidance: float = DRAW_DEFAULTS["guidance"]
     temperature: float = DRAW_DEFAULTS["temperature"]
     top_k: int | None = None
+    candidates: int = DRAW_DEFAULTS["candidates"]
     budget: int | None = None
     negative_prompt: str = ""
 
@@ -62,6 +64,7 @@ class PromptLine(BaseModel):
     guidance: float | None = Field(default=None, ge=0, le=100)
     temperature: float | None = Field(default=None, ge=0, le=100)
     top_k: int | None = Field(default=None, ge=1)
+    candidates: int | None = Field(default=None, ge=1, le=MAX_CANDIDATES)
     budget: int | None = Field(default=None, ge=1)
     negative_prompt: str | None = None
 
@@ -78,6 +81,7 @@ class Drawing:
     guidance: float
     temperature: float
     top_k: int | None
+    candidates: int
     budget: int | None
     negative_prompt: str
 
@@ -339,9 +343,10 @@ class TransformersBackend:
         for drawing in drawings:
             alike = replace(drawing, file="", id="", prompt="", seed=0)
             groups.setdefault(alike, []).append(drawing)
-        for group in groups.values():
-            for first in range(0, len(group), ROWS_PER_BATCH):
-                chunk = group[first : first + ROWS_PER_BATCH]
+        for settings, group in groups.items():
+            size = max(1, ROWS_PER_BATCH // settings.candidates)
+            for first in range(0, len(group), size):
+                chunk = group[first : first + size]
                 for drawing, result in zip(chunk, self._draw_or_say_why(chunk), strict=True):
                     yield drawing, result
 
@@ -356,13 +361,15 @@ class TransformersBackend:
 
     def _draw(self, chunk: list[Drawing]) -> list[list[int]]:
         processor, settings = self.model.processor, chunk[0]
+        each = settings.candidates
         negative = None
         if settings.guidance != 1:
-            negative = [prompt_ids(processor, settings.negative_prompt)] * len(chunk)
-        return generate(
+            negative = [prompt_ids(processor, settings.negative_prompt)] * (len(chunk) * each)
+        prompts = [prompt_ids(processor, drawing.prompt) for drawing in chunk]
+        spans = generate(
             self.model.model,
             processor,
-            [prompt_ids(processor, drawing.prompt) for drawing in chunk],
+            [prompt for prompt in prompts for _ in range(each)],
             SamplingSettings(
                 image_temperature=settings.temperature,
                 image_top_k=settings.top_k,
@@ -371,8 +378,11 @@ class TransformersBackend:
             ),
             mode="image",
             negative_prompts=negative,
-            seeds=[drawing.seed for drawing in chunk],
+            seeds=[seed for drawing in chunk for seed in candidate_seeds(drawing.seed, each)],
         )
+        if each == 1:
+            return spans
+        return self.model.best_candidates([drawing.prompt for drawing in chunk], spans)
 
 
 def prompt_ids(processor: UnimodalProcessor, prompt: str) -> list[int]:

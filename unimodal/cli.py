@@ -446,6 +446,15 @@ def draw(
     top_k: Annotated[
         int | None, typer.Option(min=1, help="Choose among this many likeliest codes.")
     ] = None,
+    candidates: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=64,
+            help="Draw each picture so often; keep the one that the model itself judges best. "
+            "Default: the model's.",
+        ),
+    ] = None,
     budget: Annotated[
         int | None,
         typer.Option(
@@ -475,9 +484,10 @@ def draw(
 
     `unimodal draw --model my-model --backend vllm --prompts prompts.jsonl --out drawings`
 
-    A file's lines may set `id`, `n`, `seed`, `guidance`, `temperature`, `top_k`, `budget` and
-    `negative_prompt`; the options are their defaults. `manifest.jsonl` in the folder lists what was
-    drawn, with codes. The same command again goes on where it was stopped; see docs/deployment.md.
+    A file's lines may set `id`, `n`, `seed`, `guidance`, `temperature`, `top_k`, `candidates`,
+    `budget` and `negative_prompt`; the options are their defaults. `manifest.jsonl` in the folder
+    lists what was drawn, with codes. The same command again goes on where it was stopped; see
+    docs/deployment.md.
     """
     import secrets
 
@@ -492,6 +502,7 @@ def draw(
     guidance = own["guidance"] if guidance is None else guidance
     temperature = own["temperature"] if temperature is None else temperature
     top_k = own["top_k"] if top_k is None else top_k
+    candidates = own["candidates"] if candidates is None else candidates
     if file is not None:
         if prompts:
             raise ConfigurationError(f"prompts came both as words and as --prompts {file}")
@@ -501,6 +512,7 @@ def draw(
             "guidance": guidance,
             "temperature": temperature,
             "top_k": top_k,
+            "candidates": candidates,
             "budget": budget,
             "negative_prompt": negative,
         }
@@ -526,10 +538,12 @@ def draw(
         "guidance": guidance,
         "temperature": temperature,
         "top_k": top_k,
+        "candidates": candidates,
         "budget": budget,
         "negative_prompt": negative,
     }
-    with tqdm(total=number * ids, unit="id", desc="drawing", disable=None, leave=False) as bar:
+    total = number * candidates * ids
+    with tqdm(total=total, unit="id", desc="drawing", disable=None, leave=False) as bar:
         pictures = unimodal.draw(
             prompts, n=n, seed=seed, on_token=lambda row, token_id: bar.update(), **settings
         )
@@ -1007,6 +1021,12 @@ def evaluate(
     top_k: Annotated[
         int | None, typer.Option(help="Keep the likeliest codes only. Default: the model's own.")
     ] = None,
+    candidates: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Drawings, of which the model keeps the best. Default: the model's own."
+        ),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
 ) -> None:
     """Measure a model: reconstruction, drawing by category, captions, answers, text, spans.
@@ -1035,6 +1055,7 @@ def evaluate(
         guidance=guidance,
         temperature=temperature,
         top_k=top_k,
+        candidates=candidates,
     )
 
     def captioned(source: Source) -> Iterator[Captioned]:
@@ -1081,10 +1102,14 @@ def choose_sampling_command(
         list[int] | None,
         typer.Option(min=0, help="To try; may come several times; 0 keeps all codes. [0]"),
     ] = None,
+    candidates: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="To try; may come several times. Each costs its number. [1]"),
+    ] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Prompts of each category.")] = 24,
     seed: Annotated[int, typer.Option(help="Of prompts and drawings.")] = 0,
 ) -> None:
-    """Find the guidance, temperature and top-k at which a model draws best; write them into it.
+    """Find the sampling settings at which a model draws best; write them into it.
 
     For models of the embedded world of shapes: the prompts are of the kinds that `unimodal
     evaluate` scores there, but never the same, and a parser of that world judges the drawings.
@@ -1103,11 +1128,13 @@ def choose_sampling_command(
         guidance=guidance or usual.guidance,
         temperature=temperature or usual.temperature,
         top_k=[k or None for k in top_k] if top_k else usual.top_k,
+        candidates=candidates or usual.candidates,
     )
     for one in choose_sampling(model, cast(Level, level), grid=grid, n=n, seed=seed):
         typer.echo(
             f"guidance {one['guidance']:<4} temperature {one['temperature']:<4} "
-            f"top-k {one['top_k'] or 'all':<4} {100 * one['score']:5.1f} %"
+            f"top-k {one['top_k'] or 'all':<4} candidates {one['candidates']:<2} "
+            f"{100 * one['score']:5.1f} %"
         )
 
 

@@ -20,6 +20,13 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from tokenizer_hf.errors import CheckpointError, ConfigurationError, MessageError, MismatchError
+from unimodal.generation.candidates import (
+    answer_log_likelihoods,
+    best_of,
+    candidate_seeds,
+    check_candidates,
+    readings,
+)
 from unimodal.generation.grammar import Mode
 from unimodal.generation.sampling import SamplingSettings, default_stop_ids, generate
 from unimodal.messages import Message
@@ -145,8 +152,8 @@ class Unimodal:
         settings = SamplingSettings(
             text_temperature=temperature, text_top_k=top_k, max_new_tokens=max_new_tokens
         )
-        replies = self._reply(conversations, settings, "text", _seeds(seed, len(images)))
-        captions = [reply.text for reply in replies]
+        rows = self._generate(conversations, settings, "text", _seeds(seed, len(images)))
+        captions = [_as_reply(parts).text for parts in self.processor.parse_batch(rows)]
         return captions if isinstance(image, list) else captions[0]
 
     def draw(
@@ -158,6 +165,7 @@ class Unimodal:
         guidance: float | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
+        candidates: int | None = None,
         budget: int | None = None,
         negative_prompt: str = "",
         on_token: OnToken | None = None,
@@ -171,11 +179,14 @@ class Unimodal:
                 that reaches the same seed. None takes a new seed.
             guidance: 1 is off; above 1 the picture follows the prompt more closely.
             temperature: of the image codes; 0 is greedy, and all n pictures are then the same.
-            top_k: keep this many of the likeliest codes. These three, where None: the model's own
-                (``processor.draw_settings``).
+            top_k: keep this many of the likeliest codes.
+            candidates: draw each picture so many times and keep the one that the model itself
+                judges best; see `unimodal.generation.candidates`. These four, where None: the
+                model's own (``processor.draw_settings``).
             budget: codes of a picture, where the image tokenizer is nested; None for all.
             negative_prompt: what guidance leads away from.
-            on_token: called with (picture, token_id) as each id is drawn.
+            on_token: called with (row, token_id) as each id is drawn; picture i has the rows from
+                i * candidates on.
 
         Returns:
             PIL pictures, RGB: n of the first prompt, n of the second, ...
@@ -187,19 +198,51 @@ class Unimodal:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if n < 1:
             raise ConfigurationError(f"n is {n}; expected at least 1 picture of each prompt")
-        conversations = [
-            self.processor.draw_messages(_not_empty(one, "prompt"))
-            for one in prompts
-            for _ in range(n)
-        ]
+        if candidates is None:
+            candidates = self.processor.draw_settings["candidates"]
+        check_candidates(candidates)
+        wanted = [_not_empty(one, "prompt") for one in prompts for _ in range(n)]
+        conversations = [self.processor.draw_messages(one) for one in wanted]
         settings = SamplingSettings(
             budget=budget, **self._image_settings(guidance, temperature, top_k)
         )
-        seeds = _seeds(seed, len(conversations))
-        replies = self._reply(
-            conversations, settings, "image", seeds, negative_prompt, on_token=on_token
+        seeds = [
+            one for first in _seeds(seed, len(wanted)) for one in candidate_seeds(first, candidates)
+        ]
+        rows = self._generate(
+            [one for one in conversations for _ in range(candidates)],
+            settings,
+            "image",
+            seeds,
+            negative_prompt,
+            on_token=on_token,
         )
-        return [reply.images[0] for reply in replies]
+        if candidates > 1:
+            rows = self.best_candidates(wanted, rows)
+        return [parts[0]["image"] for parts in self.processor.parse_batch(rows)]
+
+    def best_candidates(
+        self, prompts: Sequence[str], spans: Sequence[Sequence[int]]
+    ) -> list[list[int]]:
+        """Keep one drawing of each prompt, as `draw` does.
+
+        Args:
+            spans: ids of drawings, ``<|image_start|>`` to ``<|image_end|>``; as many for each
+                prompt, prompt by prompt.
+        """
+        each = len(spans) // len(prompts)
+        vocabulary = self.processor.vocabulary
+        judged = [
+            readings(self.processor, prompts[row // each], vocabulary.to_codes(list(span)[1:-1]))
+            for row, span in enumerate(spans)
+        ]
+        described, drawn = (
+            answer_log_likelihoods(self.model, [pair[term] for pair in judged], ROWS_PER_BATCH)
+            for term in (0, 1)
+        )
+        scores = [a + b for a, b in zip(described, drawn, strict=True)]
+        firsts = range(0, len(spans), each)
+        return [list(spans[first + best_of(scores[first : first + each])]) for first in firsts]
 
     def chat(
         self,
@@ -255,7 +298,7 @@ class Unimodal:
             max_new_tokens=max_new_tokens,
             **self._image_settings(guidance, image_temperature, image_top_k),
         )
-        replies = self._reply(
+        rows = self._generate(
             conversations,
             settings,
             _MODES[images],
@@ -264,6 +307,7 @@ class Unimodal:
             stop_token_ids=default_stop_ids(self.model, self.processor.tokenizer),
             on_token=on_token,
         )
+        replies = [_as_reply(parts) for parts in self.processor.parse_batch(rows)]
         return replies[0] if single else replies
 
     # --- how --------------------------------------------------------------------------------------
@@ -279,7 +323,7 @@ class Unimodal:
             "image_top_k": own["top_k"] if top_k is None else top_k,
         }
 
-    def _reply(
+    def _generate(
         self,
         conversations: Sequence[Sequence[Message]],
         settings: SamplingSettings,
@@ -289,8 +333,9 @@ class Unimodal:
         *,
         stop_token_ids: set[int] | None = None,
         on_token: OnToken | None = None,
-    ) -> list[Reply]:
-        """Generate the next turn of each conversation, some at a time, each with its own seed."""
+    ) -> list[list[int]]:
+        """Generate the ids of the next turn of each conversation, some at a time, each with its own
+        seed."""
         rendered = self.processor.render_batch(conversations, add_generation_prompt=True)
         prompts = [row.input_ids for row in rendered]
         negative = None
@@ -311,7 +356,7 @@ class Unimodal:
                 stop_token_ids=stop_token_ids,
                 on_token=_shifted(on_token, first),
             )
-        return [_as_reply(parts) for parts in self.processor.parse_batch(rows)]
+        return rows
 
 
 def _as_reply(parts: list[dict[str, Any]]) -> Reply:

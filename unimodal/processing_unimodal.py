@@ -47,7 +47,12 @@ PROCESSOR_FILE = "processor_config.json"
 IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
 CAPTION_INSTRUCTION = "Describe the picture."
 DRAW_INSTRUCTION = "Draw: {prompt}"
-DRAW_DEFAULTS: dict[str, Any] = {"guidance": 3.0, "temperature": 1.0, "top_k": None}
+DRAW_DEFAULTS: dict[str, Any] = {
+    "guidance": 3.0,
+    "temperature": 1.0,
+    "top_k": None,
+    "candidates": 1,
+}
 """How a model draws whose folder says nothing else."""
 NOT_YET = (128, 128, 128)  # RGB of what a preview does not know yet
 IMAGES_PER_BATCH = 64  # encoded or decoded at once; codes do not depend on it
@@ -64,8 +69,9 @@ class UnimodalProcessor(ProcessorMixin):
         image_vocabulary: an ImageVocabulary, or its ``to_dict()``.
         caption_instruction: what ``caption_messages`` says after the picture.
         draw_instruction: what ``draw_messages`` says; holds ``{prompt}``.
-        draw_settings: how this model draws best: some of ``guidance``, ``temperature``, ``top_k``.
-            They are the defaults of every way to draw; `unimodal choose-sampling` finds them.
+        draw_settings: how this model draws best: some of ``guidance``, ``temperature``, ``top_k``,
+            ``candidates``. They are the defaults of every way to draw; `unimodal choose-sampling`
+            finds them.
         chat_template: used in place of the tokenizer's own.
 
     Raises:

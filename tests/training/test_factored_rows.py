@@ -13,9 +13,17 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from tests.toy import save_llm, tiny_image_tokenizer
 from training.adapters import add_adapter, is_adapter_row
+from training.factored_head import factored_head
 from training.factored_rows import FACTOR_ROWS, folded, share_rows, unseen_combinations
 from training.language_model import load_model
-from training.recipes import LanguageModelRecipe, LoraRecipe, OptimizerRecipe, build_recipe
+from training.recipes import (
+    DIRECTIONS,
+    LanguageModelRecipe,
+    LoraRecipe,
+    LossRecipe,
+    OptimizerRecipe,
+    build_recipe,
+)
 from training.trainer import UnimodalTrainer, training_arguments
 from unimodal.merge import merge
 from unimodal.processing_unimodal import UnimodalProcessor
@@ -38,22 +46,24 @@ def recipe_of(parts: Path, **settings: Any) -> LanguageModelRecipe:
     return build_recipe(LanguageModelRecipe, {"dtype": "float32", "attention": "eager", **content})
 
 
-def adapted(parts: Path, shares: np.ndarray) -> tuple[Any, Any]:
+def adapted(parts: Path, shares: np.ndarray) -> tuple[Any, Any, Any]:
     torch.manual_seed(0)
     vocabulary = UnimodalProcessor.from_pretrained(parts / "merged").vocabulary
     model = load_model(parts / "merged", recipe_of(parts))
     model = add_adapter(model, vocabulary, LoraRecipe(rank=2))
-    share_rows(model, FACTORS, shares)
-    return model, vocabulary
+    return model, vocabulary, share_rows(model, FACTORS, shares)
 
 
 def test_a_code_gets_its_own_row_and_the_sum_of_its_factors(parts: Path) -> None:
-    model, vocabulary = adapted(parts, np.ones(12))
+    model, vocabulary, _ = adapted(parts, np.ones(12))
     ids = torch.arange(vocabulary.vocab_size)[None]
     before = model(input_ids=ids).logits
     names = [name for name, p in model.named_parameters() if is_adapter_row(name)]
     shared = [p for name, p in model.named_parameters() if name.endswith(FACTOR_ROWS)]
     assert len(shared) == len(names) / 2 and all(p.shape == (7, 32) for p in shared)
+    base_model = load_model(parts / "merged", recipe_of(parts))
+    torch.testing.assert_close(before, base_model(input_ids=ids).logits)  # all have their own part
+    started = [one.detach().clone() for one in shared]
     for one in shared:
         torch.nn.init.normal_(one)
     changed = model(input_ids=ids).logits
@@ -61,8 +71,8 @@ def test_a_code_gets_its_own_row_and_the_sum_of_its_factors(parts: Path) -> None
     embedding = model.get_input_embeddings().weight
     base = model.get_input_embeddings().original_module.weight
     codes = slice(vocabulary.offsets[0], vocabulary.offsets[0] + 12)
-    expected = base[codes] + shared[0][FACTORS[:, 0]] + shared[0][FACTORS[:, 1]]
-    torch.testing.assert_close(embedding[codes], expected)
+    moved = (shared[0] - started[0])[FACTORS].sum(1)
+    torch.testing.assert_close(embedding[codes], base[codes] + moved)
     start = vocabulary.start_token_id
     assert torch.equal(embedding[start : start + 2], base[start : start + 2])
 
@@ -80,7 +90,17 @@ def test_a_code_gets_its_own_row_and_the_sum_of_its_factors(parts: Path) -> None
 def test_only_common_codes_have_a_deviation_of_their_own(parts: Path) -> None:
     shares = np.full(12, 0.03)
     shares[5] = 0.009
-    model, vocabulary = adapted(parts, shares)
+    model, vocabulary, _ = adapted(parts, shares)
+    embedding = model.get_input_embeddings()
+    rows = vocabulary.code_token_ids.start + torch.arange(12)
+    start, base = embedding.weight[rows].detach(), embedding.original_module.weight[rows]
+    common = np.arange(12) != 5
+    torch.testing.assert_close(start[common], base[common])
+    # A rare code starts as what its factors' codes have in common with it.
+    others = start - start.mean(0)
+    row, column = (others.view(3, 4, -1).mean(axis) for axis in (0, 1))
+    assert not torch.allclose(start[5], base[5])
+    assert (start[5] - start.mean(0)) @ (row[1] + column[1]) > 0
     ids = torch.tensor(vocabulary.new_token_ids)[None]
     model(input_ids=ids, labels=ids).loss.backward()
     for name, parameter in model.named_parameters():
@@ -103,7 +123,7 @@ def test_combinations_that_could_be_are_told_from_those_that_could_not() -> None
 
 
 def test_what_training_never_shows_does_not_count_against_a_code(parts: Path) -> None:
-    model, vocabulary = adapted(parts, np.ones(12))
+    model, vocabulary, _ = adapted(parts, np.ones(12))
     codes = vocabulary.code_token_ids
     uncounted = torch.zeros(vocabulary.rows, dtype=torch.bool)
     uncounted[codes.start + 7] = True
@@ -129,3 +149,62 @@ def test_what_training_never_shows_does_not_count_against_a_code(parts: Path) ->
         [gradient] = torch.autograd.grad(loss, seen)
         assert bool(gradient[..., codes.start + 7].any()) == counts
         assert gradient[..., codes.start + 6].any() and torch.isfinite(loss)
+
+
+def test_the_factored_softmax_is_the_full_one(parts: Path) -> None:
+    shares = np.full(12, 0.001)
+    shares[3] = 0.5  # a row of its own
+    model, vocabulary, rows = adapted(parts, shares)
+    codes = vocabulary.code_token_ids
+    uncounted = torch.zeros(vocabulary.rows, dtype=torch.bool)
+    uncounted[codes.start + 7] = True
+    head = factored_head(model, rows, uncounted)
+    assert head is not None
+    for name, parameter in model.named_parameters():
+        if "lora" in name or name.endswith(FACTOR_ROWS):
+            torch.nn.init.normal_(parameter, std=0.3)
+    labels = [5, codes.start + 3, vocabulary.end_token_id, codes.start + 2, codes.start + 11, 6]
+    inputs = {
+        "input_ids": torch.tensor([[1, *labels]]),
+        "labels": torch.tensor([[-100, *labels]]),
+        "segments": torch.tensor([[0] * 7]),
+        "directions": torch.tensor([DIRECTIONS.index("text")]),
+        "lengths": torch.tensor([7]),
+    }
+    text_ids = torch.arange(codes.start - 2)
+    found = []
+    for used in (head, None):
+        trainer = UnimodalTrainer(
+            model, training_arguments(str(parts / "out"), False, {"max_steps": 1}), [],
+            optimizer=OptimizerRecipe(), loss=LossRecipe(text_kl=0.5), is_row=is_adapter_row,
+            code_ids=codes, uncounted=uncounted, factored_head=used, text_ids=text_ids,
+        )  # fmt: skip
+        model.zero_grad()
+        loss, outputs = trainer.compute_loss(model, inputs, return_outputs=True)
+        loss.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        found.append((loss.detach(), gradients))
+        width = vocabulary.rows - 11 + 7 if used else vocabulary.rows
+        assert outputs.logits.shape[-1] == width
+    (loss, gradients), (expected, full) = found
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradients, full, rtol=1e-4, atol=1e-6)
+    assert gradients
+
+
+def test_where_the_factored_softmax_would_not_be_exact_it_is_not_used(parts: Path) -> None:
+    model, _, rows = adapted(parts, np.ones(12))
+    assert factored_head(model, None) is None
+    plain = model.get_base_model()
+    forward = plain.forward
+
+    def capped(**inputs: Any) -> Any:  # as Gemma 2 does
+        outputs = forward(**inputs)
+        outputs.logits = 30 * torch.tanh(outputs.logits / 30)
+        return outputs
+
+    assert factored_head(model, rows) is not None
+    plain.forward = capped
+    assert factored_head(model, rows) is None
+    opaque = np.arange(12)[:, None]
+    assert share_rows(model, opaque, np.ones(12)) is None

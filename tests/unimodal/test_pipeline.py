@@ -95,6 +95,46 @@ def test_guidance_and_negative_prompt_change_the_drawing(model):
     assert drawn(guidance=1) == drawn(guidance=1, negative_prompt="a blue square")
 
 
+def test_the_best_candidate_is_the_one_that_the_model_judges_best(model):
+    prompts, each = ["a red circle", "a blue square with a green star"], 5
+    spans = {}
+    options = {"seed": 20, "candidates": each, "temperature": 2.0}
+    kept = model.draw(
+        prompts, on_token=lambda row, token: spans.setdefault(row, []).append(token), **options
+    )
+    assert sorted(spans) == list(range(10))
+    processor = model.processor
+    best = []
+    for row, span in sorted(spans.items()):  # by hand: one conversation at a time, all logits
+        prompt = prompts[row // each]
+        image = {"type": "image", "codes": processor.vocabulary.to_codes(span[1:-1])}
+        said = {"role": "assistant", "content": prompt}
+        drew = {"role": "assistant", "content": [image]}
+        score = 0.0
+        for question, answer in (
+            (processor.caption_messages(image), said),
+            (processor.draw_messages(prompt), drew),
+        ):
+            ids = torch.tensor(processor.render([*question, answer]).input_ids)
+            labels = torch.tensor(processor.render([*question, answer]).labels)[1:]
+            with torch.inference_mode():
+                logits = model.model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+            score += float(logits[labels >= 0, labels[labels >= 0]].sum())
+        best.append(score)
+    likeliest = np.array(best).reshape(2, each).argmax(1)
+    assert likeliest.any()  # not simply the first
+    for index, candidate in enumerate(likeliest):
+        codes = processor.vocabulary.to_codes(spans[index * each + candidate][1:-1])
+        assert same([kept[index]], processor.decode_codes([codes]))
+    first = model.draw(prompts, seed=20, candidates=1, temperature=2.0)
+    assert not same(first, kept)
+    codes = [processor.vocabulary.to_codes(spans[row][1:-1]) for row in (0, each)]
+    assert same(first, processor.decode_codes(codes))  # the first candidate has the seed itself
+    assert same(model.draw(prompts[1], **{**options, "seed": 21}), kept[1:])
+    with pytest.raises(ConfigurationError, match="candidates is 0"):
+        model.draw("a star", candidates=0)
+
+
 def test_temperature_zero_is_greedy(model):
     assert len({image.tobytes() for image in model.draw("a heart", n=3, temperature=0)}) == 1
 

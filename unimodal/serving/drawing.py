@@ -8,13 +8,16 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from PIL import Image
 
+from tokenizer_hf.errors import ConfigurationError
 from unimodal.generation.grammar import ImageSpanGrammar
 from unimodal.serving import metrics
-from unimodal.serving.openai_shapes import ImageOptions
+from unimodal.serving.candidates import Judge, draw_best
+from unimodal.serving.openai_shapes import EditsRequest, ImageOptions, ImagesRequest
 from unimodal.serving.prompts import Prompts
 from unimodal.serving.segments import DrawSettings, ImageSegments
 
@@ -73,6 +76,26 @@ class Drawing:
             else self.prompts.processor.draw_settings["guidance"]
         )
 
+    def candidates(self, request: ImagesRequest) -> int:
+        """Return how many drawings each image is the best of.
+
+        Raises:
+            ConfigurationError: candidates of a drawing that takes images up.
+        """
+        if not isinstance(request, EditsRequest):
+            own = self.prompts.processor.draw_settings["candidates"]
+            return own if request.candidates is None else request.candidates
+        if request.candidates not in (None, 1):
+            raise ConfigurationError(
+                f"candidates is {request.candidates}, but only drawings from words alone are "
+                "judged, not edits; leave it out"
+            )
+        return 1
+
+    def judge(self, prompt: str) -> Judge:
+        """Return what gives the conversations by which drawings of a prompt are judged."""
+        return partial(self.prompts.judging, prompt)
+
     def span_tokens(self, options: ImageOptions) -> int:
         """Return how many token ids an image of these options takes at most.
 
@@ -98,12 +121,17 @@ class Drawing:
         negative: Sequence[int],
         settings: DrawSettings,
         num_previews: int = 0,
+        *,
+        candidates: int = 1,
+        judge: Judge | None = None,
         **request: Any,
     ) -> AsyncGenerator[Preview | Drawn, None]:
         """Draw one image.
 
         Args:
             prompt, negative, settings, request: as :meth:`ImageSegments.draw`.
+            candidates: the image is the best of so many; the previews are of the first.
+            judge: of `judge`; needed for more than one.
             num_previews: how many, spread over the codes as `_Previews` says. One that is not shown
                 before the next is due is left out.
 
@@ -115,10 +143,13 @@ class Drawing:
         """
         previews = _Previews(self.segments.check(prompt, negative, settings), num_previews)
         drawing = asyncio.ensure_future(
-            self.segments.draw(
+            draw_best(
+                self.segments,
                 prompt,
                 negative,
                 settings,
+                candidates,
+                judge,
                 on_codes=previews.take if num_previews else None,
                 **request,
             )

@@ -72,6 +72,8 @@ class ImagesReply:
             self.negative,
             self.drawing.settings(self.request, self.first_seed + index),
             self.request.partial_images,
+            candidates=self.drawing.candidates(self.request),
+            judge=self.drawing.judge(self.request.prompt),
             lora_request=self.lora_request,
         )
 

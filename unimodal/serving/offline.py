@@ -19,8 +19,10 @@ from vllm.lora.request import LoRARequest
 
 from tokenizer_hf.errors import ServingError
 from unimodal.batch_drawing import Drawing, Result, prompt_ids
+from unimodal.generation.candidates import Reading, readings
 from unimodal.processing_unimodal import UnimodalProcessor
 from unimodal.serving.adapters import adapter_flags
+from unimodal.serving.candidates import draw_best
 from unimodal.serving.segments import DrawSettings, ImageSegments
 from unimodal.serving.serve import command_line
 from unimodal.serving.vllm_private import engine_arguments
@@ -86,8 +88,19 @@ class VllmBackend:
             negative = []
             if drawing.guidance != 1:
                 negative = prompt_ids(self.processor, drawing.negative_prompt)
-            return drawing, await self.segments.draw(
-                prompt, negative, settings, lora_request=self.lora
+
+            async def judge(spans: Sequence[list[int]]) -> list[tuple[Reading, Reading]]:
+                codes = [self.processor.vocabulary.to_codes(span[1:-1]) for span in spans]
+                return [readings(self.processor, drawing.prompt, one) for one in codes]
+
+            return drawing, await draw_best(
+                self.segments,
+                prompt,
+                negative,
+                settings,
+                drawing.candidates,
+                judge,
+                lora_request=self.lora,
             )
         except Exception as error:
             if self.engine.errored:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tokenizer_hf.errors import ConfigurationError, MessageError
 from tokenizer_hf.vocabulary import VocabularyExtension
+from unimodal.generation.candidates import MAX_CANDIDATES
 
 MAX_IMAGES = 10
 """Most images in one answer, as OpenAI's."""
@@ -78,6 +79,9 @@ class ImagesRequest(ImageOptions):
     """Quality of jpeg and webp."""
     seed: int | None = Field(default=None, ge=0, lt=2**62)
     """Image i is drawn with seed + i."""
+    candidates: int | None = Field(default=None, ge=1, le=MAX_CANDIDATES)
+    """Draw each image so many times and keep the one that the model itself judges best. None: the
+    model's own number (``draw_settings``)."""
     return_token_ids: bool = False
     """Add ``prompt_token_ids`` and, to each image, ``token_ids``."""
     stream: bool | None = None

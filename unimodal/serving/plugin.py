@@ -225,6 +225,7 @@ class UnimodalEndpoints:
             "temperature": own.temperature,
             "top_k": own.top_k,
             "guidance_scale": own.guidance,
+            "candidates": self.drawing.processor.draw_settings["candidates"],
         }
         for card in answer["data"]:
             card["unimodal"] = abilities(
@@ -247,7 +248,8 @@ class UnimodalEndpoints:
         metrics.current().model = request.model
         check_size(request.size, self.image_size)
         check_partial_images(request, request.stream)
-        self.limits.check_image_tokens(request.n, self.drawing.span_tokens(request))
+        drawings = request.n * self.drawing.candidates(request)
+        self.limits.check_image_tokens(drawings, self.drawing.span_tokens(request))
         named = ChatCompletionRequest.model_validate({"model": request.model, "messages": []})
         refused = await self._refused_model(named)
         if refused is not None:

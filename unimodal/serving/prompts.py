@@ -9,6 +9,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from unimodal.generation.candidates import Reading, readings
 from unimodal.messages import Message
 from unimodal.processing_unimodal import UnimodalProcessor
 from unimodal.serving import metrics
@@ -56,3 +57,15 @@ class Prompts:
     async def of_drawing(self, prompt: str, images: Sequence[Message] = ()) -> list[int]:
         """The prompt of a drawing; the empty one is what guidance leads away from."""
         return await self.of_messages(self.processor.draw_messages(prompt, images))
+
+    async def judging(
+        self, prompt: str, spans: Sequence[Sequence[int]]
+    ) -> list[tuple[Reading, Reading]]:
+        """The conversations that judge drawings of a prompt; see `readings`."""
+
+        def render() -> list[tuple[Reading, Reading]]:
+            codes = [self.processor.vocabulary.to_codes(list(span)[1:-1]) for span in spans]
+            with self._tokenizer_lock:
+                return [readings(self.processor, prompt, one) for one in codes]
+
+        return await asyncio.to_thread(render)

@@ -330,6 +330,37 @@ class ImageSegments:
             raise ServingError(f"the engine broke an image off: {problem}; ask for it again")
         return span
 
+    async def log_likelihood(
+        self, ids: Sequence[int], length: int, *, lora_request: Any = None, priority: int = 0
+    ) -> float:
+        """Return log p(the last ids | those before them), in nats.
+
+        Args:
+            ids: of a conversation.
+            length: how many of them, at the end, are meant.
+            lora_request, priority: as in :meth:`draw`.
+
+        Raises:
+            MessageError: a conversation that does not fit into the context.
+            ServingError: the engine failed or broke the request off.
+        """
+        if len(ids) >= self.max_model_len:
+            raise MessageError(
+                f"judging a drawing takes {len(ids) + 1} ids, but this server's context is "
+                f"{self.max_model_len}; shorten the prompt, or ask for one candidate"
+            )
+        options = {"lora_request": lora_request, "priority": priority}
+        call = _Call(self._engines[0], options, None)
+        params = self._params(1, kind=RequestOutputKind.FINAL_ONLY, prompt_logprobs=0)
+        found: list[float] = []
+
+        def take(output: Any) -> None:
+            for position in range(len(ids) - length, len(ids)):
+                found.append(output.prompt_logprobs[position][ids[position]].logprob)
+
+        await self._run(tokens_input(list(ids)), params, call, lambda _ids: None, take)
+        return sum(found)
+
     def _reporter(self, on_codes: OnIds) -> OnIds:
         """Return what takes ids so far and passes codes on, once each time there are more."""
         reported = 0
@@ -498,6 +529,7 @@ class ImageSegments:
         max_tokens: int,
         segment: Segment | None = None,
         kind: RequestOutputKind = RequestOutputKind.DELTA,
+        prompt_logprobs: int | None = None,
     ) -> SamplingParams:
         stop = [self.vocabulary.start_token_id, self.vocabulary.end_token_id]
         return SamplingParams(
@@ -507,6 +539,7 @@ class ImageSegments:
             ignore_eos=True,
             detokenize=False,
             output_kind=kind,
+            prompt_logprobs=prompt_logprobs,  # 0: of the prompt's own ids
             extra_args=segment.to_extra_args() if segment else None,
             skip_clone=True,  # made for one request and changed by nobody
         )
@@ -517,8 +550,10 @@ class ImageSegments:
         params: SamplingParams,
         call: _Call,
         take: Callable[[Sequence[int]], None],
+        take_output: Callable[[Any], None] = lambda _output: None,
     ) -> None:
-        """Run one request to its end and hand over what it writes, piece by piece.
+        """Run one request to its end and hand over what it writes, and vLLM's outputs as they are,
+        piece by piece.
 
         Raises:
             ServingError: the engine failed, or somebody aborted the request.
@@ -538,6 +573,7 @@ class ImageSegments:
                             "again"
                         )
                     take(piece.token_ids)
+                    take_output(output)
         except VLLMServerError as error:
             raise ServingError(
                 f"the engine failed ({type(error).__name__}); try again later, and look into the "

@@ -1,0 +1,117 @@
+"""The best of several drawings, by the model's own judgement.
+
+A model that reads better than it draws can judge what it drew. Of the candidates x_1 ... x_n of
+a prompt c, the one is kept that maximises
+
+    log p(c | x) + log p(x | c)
+
+The first term is how likely the model, asked to describe the picture, answers with the prompt: it
+falls where something is missing or of another colour. The second is how likely it draws this
+picture for the prompt, without guidance: it falls where a shape is broken, which a reader overlooks.
+
+Source: A. Ramesh et al., "Zero-Shot Text-to-Image Generation" (2021), section 2.6, ranks samples
+with a contrastive model of its own (CLIP). Here the judge is the unified model itself, so nothing
+else is loaded. What each term does alone is in docs/learning.md.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from tokenizer_hf.errors import ConfigurationError
+
+MAX_CANDIDATES = 64
+_STRIDE = 1_000_000_007
+"""Between the seeds of candidates; torch's CPU generator looks at their last 32 bits only."""
+
+Reading = tuple[list[int], int]
+"""The ids of a conversation, and how many of them, at its end, are the last answer."""
+
+
+def check_candidates(candidates: int) -> int:
+    """Return a number of candidates, or raise ConfigurationError."""
+    if not 1 <= candidates <= MAX_CANDIDATES:
+        raise ConfigurationError(
+            f"candidates is {candidates}; expected 1 (each drawing as it comes) to {MAX_CANDIDATES}"
+        )
+    return candidates
+
+
+def candidate_seeds(seed: int, candidates: int) -> list[int]:
+    """The seeds of a drawing's candidates. The first has the drawing's own."""
+    return [(seed + index * _STRIDE) % 2**63 for index in range(candidates)]
+
+
+def best_of(scores: Sequence[float]) -> int:
+    """Return which candidate is kept: the one of the highest score, the first of equals."""
+    return max(range(len(scores)), key=lambda index: (scores[index], -index))
+
+
+def readings(processor: Any, prompt: str, codes: Sequence[Any]) -> tuple[Reading, Reading]:
+    """The two conversations that judge a drawing: it is described with the prompt, and the prompt
+    is answered with it.
+
+    Args:
+        processor: gives ``caption_messages``, ``draw_messages`` and ``render``.
+        codes: of the drawing, (L,) or (L, G).
+    """
+    picture = {"type": "image", "codes": list(codes)}
+    described = [*processor.caption_messages(picture), {"role": "assistant", "content": prompt}]
+    drawn = [*processor.draw_messages(prompt), {"role": "assistant", "content": [picture]}]
+    first, second = (_reading(processor.render(messages)) for messages in (described, drawn))
+    return first, second
+
+
+def _reading(rendered: Any) -> Reading:
+    [*_, last] = rendered.learnt
+    return rendered.input_ids[: last.stop], last.stop - last.start
+
+
+def answer_log_likelihoods(
+    model: Any, conversations: Sequence[Reading], batch_size: int
+) -> list[float]:
+    """Return log p(answer | what stands before it), in nats, of each conversation.
+
+    Args:
+        model: a decoder-only Hugging Face causal LM.
+        batch_size: conversations that are read at once; results do not depend on it.
+    """
+    order = sorted(range(len(conversations)), key=lambda one: conversations[one][1])
+    found = [0.0] * len(order)  # answers of a length together: logits are computed for the longest
+    for members in _batches(order, batch_size):
+        values = _log_likelihoods(model, [conversations[one] for one in members])
+        for one, value in zip(members, values, strict=True):
+            found[one] = value
+    return found
+
+
+def _batches(items: list[int], size: int) -> Iterator[list[int]]:
+    for first in range(0, len(items), size):
+        yield items[first : first + size]
+
+
+def _log_likelihoods(model: Any, conversations: Sequence[Reading]) -> list[float]:
+    device = model.device
+    longest = max(len(ids) for ids, _ in conversations)
+    most = max(length for _, length in conversations)
+    padding = torch.tensor([longest - len(ids) for ids, _ in conversations], device=device)
+    rows = [[0] * (longest - len(ids)) + list(ids) for ids, _ in conversations]
+    ids = torch.tensor(rows, device=device)
+    positions = torch.arange(longest, device=device) - padding[:, None]
+    options: dict[str, Any] = {"use_cache": False}
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if base._supports_logits_to_keep():
+        options["logits_to_keep"] = most + 1
+    with torch.inference_mode():
+        output = model(
+            input_ids=ids,
+            attention_mask=(positions >= 0).long(),
+            position_ids=positions.clamp(min=0),
+            **options,
+        )
+        logits = output.logits[:, -most - 1 : -1].float()
+        said = logits.log_softmax(-1).gather(-1, ids[:, -most:, None])[..., 0]
+    lengths = torch.tensor([length for _, length in conversations], device=device)
+    in_answer = torch.arange(most, device=device) >= most - lengths[:, None]
+    return said.masked_fill(~in_answer, 0).sum(-1).tolist()
