@@ -7,7 +7,7 @@ a prompt c, the one is kept that maximises
 
 The first term is how likely the model, asked to describe the picture, answers with the prompt: it
 falls where something is missing or of another colour. The second is how likely it draws this
-picture for the prompt, without guidance: it falls where a shape is broken, which a reader overlooks.
+picture for the prompt, without guidance: it falls where a shape is broken, which readers overlook.
 
 Source: A. Ramesh et al., "Zero-Shot Text-to-Image Generation" (2021), section 2.6, ranks samples
 with a contrastive model of its own (CLIP). Here the judge is the unified model itself, so nothing
