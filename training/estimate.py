@@ -143,12 +143,15 @@ class LanguageModelFlops:
         )
 
 
-def count_flops(model: Any) -> tuple[LanguageModelFlops, LanguageModelFlops]:
+def count_flops(
+    model: Any, head_rows: int | None = None
+) -> tuple[LanguageModelFlops, LanguageModelFlops]:
     """Count the operations of a causal LM, or of a PEFT model around one, as it is trained now.
 
     Args:
         model: what has ``requires_grad`` is trained. No data are needed: it may be of fake or meta
             tensors.
+        head_rows: that training computes logits of (`training.factored_head`); None: all.
 
     Returns:
         training (forward and backward); the forward pass alone with the adapter switched off, as
@@ -176,9 +179,10 @@ def count_flops(model: Any) -> tuple[LanguageModelFlops, LanguageModelFlops]:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     pair = 4.0 * config.num_hidden_layers * config.num_attention_heads * width
     rows = head.weight.numel()
+    some = rows if head_rows is None else head_rows * head.weight.shape[1]
     trained = any(p.requires_grad for part in (head, embedding) for p in part.parameters())
     return (
-        LanguageModelFlops(token, 3 * pair, (6 if trained else 4) * rows, folded),
+        LanguageModelFlops(token, 3 * pair, (6 if trained else 4) * some, folded),
         LanguageModelFlops(base, pair, 2 * rows),
     )
 
@@ -193,10 +197,11 @@ class Speedometer:
         model: a causal LM, or a PEFT model around one.
         device: where it is trained.
         bf16: whether its products are in bfloat16.
+        head_rows: as for `count_flops`.
     """
 
-    def __init__(self, model: Any, device: str, bf16: bool) -> None:
-        self.training, self.forward = count_flops(model)
+    def __init__(self, model: Any, device: str, bf16: bool, head_rows: int | None = None) -> None:
+        self.training, self.forward = count_flops(model, head_rows)
         self.device, self.bf16 = device, bf16
         self.steps = -1
         self.seconds = 0.0
@@ -519,8 +524,10 @@ def _estimate(
     weights: Mapping[str, float],
     packing: bool | int,
     is_row: Any,
+    head: Any = None,
 ) -> Estimate:
-    """Estimate the training of a causal LM, inside the mode of its fake tensors."""
+    """Estimate the training of a causal LM, inside the mode of its fake tensors; ``head``: its rows
+    in short form (`training.factored_rows.CompactRows`), if its loss is computed with them."""
     from training.data.collate import Steps
     from training.data.mixing import Mix
     from training.data.packing import row_tokens
@@ -535,7 +542,9 @@ def _estimate(
         steps = Steps(examples, mix, sampled, batch, parts)
         size = row_tokens(packing, recipe.attention)
         batches = [_Batch.of(steps.batch(number), size) for number in range(sampled * parts)]
-    training, forward = count_flops(model)
+    training, forward = count_flops(model, None if head is None else len(head))
+    if head is not None:
+        head.on = True
     flops = sum(training.of(b.tokens, b.pairs, b.loss_tokens, 1) for b in batches)
     if hasattr(recipe, "loss") and recipe.loss.text_kl:
         flops += sum(forward.of(*b.text, 0) for b in batches)
@@ -757,14 +766,15 @@ def language_model_estimate(recipe: Any) -> Estimate:
         if recipe.mode != "full":
             norms = recipe.optimizer.norms_learning_rate is not None
             model = add_adapter(model, processor.vocabulary, recipe.lora, norms=norms)
+    head = None
     with fake(model):
         if recipe.mode != "full" and recipe.lora.rows == "factored":
             config = ImageTokenizerConfig.from_pretrained(folder / "image_tokenizer")
-            share_rows(model, config.code_factors(), examples.code_shares())
+            head = share_rows(model, config.code_factors(), examples.code_shares())
         if recipe.mode == "lora" and recipe.lora.fold:
             fold_lora(model)
         is_row = table_names(model) if recipe.mode == "full" else is_adapter_row
-        return _estimate("lora", model, recipe, examples, data.weights, data.packing, is_row)
+        return _estimate("lora", model, recipe, examples, data.weights, data.packing, is_row, head)
 
 
 # --- numbers in words -----------------------------------------------------------------------------

@@ -62,6 +62,10 @@ class CompactRows:
     num_rows: int
     on: bool = False
 
+    def __len__(self) -> int:
+        """P + F: how many rows the head computes with in short form."""
+        return len(self.own_ids) + sum(self.sizes)
+
 
 def share_rows(model: nn.Module, factors: np.ndarray, shares: np.ndarray) -> CompactRows | None:
     """Let the rows of an adapter share their factors' rows, in place.
@@ -90,10 +94,10 @@ def share_rows(model: nn.Module, factors: np.ndarray, shares: np.ndarray) -> Com
                 own.register_hook(partial(_only_own, mask.to(own.device)))
         layer.factor_columns = columns
         layer.get_merged_weights = partial(_merged_weights, layer, owner)
-    return _compact_head(model, factors, has_own)
+    return _compact_head(model, factors, shares > OWN_ROW_SHARE)
 
 
-def _compact_head(model: Any, factors: np.ndarray, has_own: Tensor) -> CompactRows | None:
+def _compact_head(model: Any, factors: np.ndarray, has_own: np.ndarray) -> CompactRows | None:
     """Give the head a short form of its weight, where there is one."""
     sizes = [len(np.unique(values)) for values in factors.T]
     head = getattr(model.get_output_embeddings(), "token_adapter", None)
@@ -102,15 +106,17 @@ def _compact_head(model: Any, factors: np.ndarray, has_own: Tensor) -> CompactRo
     [ids] = head.token_indices.values()
     first = ids[2]
     num_rows = head.base_layer.weight.shape[0]
-    is_sum = torch.zeros(num_rows, dtype=torch.bool)
+    is_sum = np.zeros(num_rows, dtype=bool)
     is_sum[first : first + len(factors)] = ~has_own
-    own_ids = torch.nonzero(~is_sum).flatten()
+    own = np.flatnonzero(~is_sum)
+    common = np.flatnonzero(has_own)
+    trained = np.concatenate([[0, 1], 2 + common])  # among the rows that the adapter has
+    own_ids, places, kept, columns = map(
+        torch.from_numpy,
+        (own, np.searchsorted(own, np.asarray(ids)[trained]), trained, factors[common]),
+    )
     rows = CompactRows(own_ids, factors, sizes, first, num_rows)
-    trained = torch.cat([torch.ones(2, dtype=torch.bool), has_own])
-    places = torch.searchsorted(own_ids, torch.tensor(ids)[trained])
-    kept = torch.nonzero(trained).flatten()
     whole, owner = head.get_merged_weights, head.tied_adapter or head
-    columns = torch.from_numpy(factors)[kept[2:] - 2]
 
     def merged(active_adapters: Any) -> Tensor:
         if not rows.on:

@@ -188,7 +188,12 @@ class UnimodalTrainer(Trainer):
         # Before TensorBoard's, which writes for a while: Ctrl-C counts from the very start.
         self.callback_handler.callbacks.insert(0, self.interrupt)
         self.add_callback(LogBeforeSave())
-        self.speedometer = Speedometer(model, args.device.type, args.bf16)
+        self.speedometer = Speedometer(
+            model,
+            args.device.type,
+            args.bf16,
+            head_rows=None if factored_head is None else len(factored_head.rows),
+        )
         self.add_callback(Pace(self.speedometer))
         if compiled:
             compile_layers(model)

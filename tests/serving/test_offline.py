@@ -44,6 +44,8 @@ def test_a_killed_batch_goes_on_and_equals_that_of_transformers(tmp_path: Path) 
     folder = merge(llm, tmp_path / "it", tmp_path / "toy")
     random_adapter(folder, tmp_path / "adapter", seed=1)
     lines = [{"prompt": f"a red circle {i}", "guidance": 1 + i % 2, "n": 4} for i in range(40)]
+    for line in lines[::4]:
+        line["candidates"] = 3
     lines[5]["prompt"] = "star " * 600  # longer than the context
     lines[5]["n"] = 1
     text = "".join(json.dumps(line) + "\n" for line in lines)

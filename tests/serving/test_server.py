@@ -85,6 +85,24 @@ def test_ten_sampled_and_guided_images_at_once_equal_those_of_transformers(
     assert {opened(image.b64_json).format for image in answer.data} == {"WEBP"}
 
 
+def test_the_best_candidates_are_those_of_transformers(client: Any, model: Unimodal) -> None:
+    for guidance in (1.0, 2.0):
+        answers = [
+            client.images.generate(
+                prompt=PROMPTS[0],
+                n=3,
+                extra_body={"seed": 5, "guidance_scale": guidance, "candidates": candidates},
+            )
+            for candidates in (6, 1)
+        ]
+        drawn, first = ([opened(image.b64_json) for image in one.data] for one in answers)
+        expected = model.draw(PROMPTS[0], n=3, seed=5, guidance=guidance, candidates=6)
+        assert [one.tobytes() for one in drawn] == [one.tobytes() for one in expected]
+        assert [one.tobytes() for one in drawn] != [one.tobytes() for one in first]
+    with pytest.raises(openai.BadRequestError, match="candidates"):
+        client.images.generate(prompt="a star", extra_body={"candidates": 1000})
+
+
 def test_images_are_legal_and_obey_the_budget(client: Any, model: Unimodal) -> None:
     vocabulary = model.processor.vocabulary
     lengths = set()

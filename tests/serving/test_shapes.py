@@ -107,6 +107,12 @@ def test_edits_are_streamed(client: Any) -> None:
     assert set(kinds[:-1]) <= {"image_edit.partial_image"}
 
 
+def test_edits_have_no_candidates(client: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"candidates is 2.*not edits"):
+        client.images.edit(image=png(1), prompt="a star", extra_body={"candidates": 2})
+    assert client.images.edit(image=png(1), prompt="a star", extra_body={"candidates": 1}).data
+
+
 def test_edits_are_read_as_json_too(server: Server, model: Unimodal) -> None:
     body = {**GREEDY, "prompt": "brighter", "image": [data_uri(picture(3))]}
     answer = server.post("/v1/images/edits", body)
