@@ -86,7 +86,7 @@ def share_rows(model: nn.Module, factors: np.ndarray, shares: np.ndarray) -> Com
         if owner is layer:
             for own in layer.trainable_tokens_delta.values():
                 weights = torch.from_numpy(shares).float().to(own.device)
-                shared = _fit(own.detach()[2:], columns.to(own.device), weights)
+                shared = _fit(own.detach()[2:], columns.to(own.device), weights, factors.max() + 1)
                 layer.register_parameter(FACTOR_ROWS, nn.Parameter(shared))
                 with torch.no_grad():
                     own -= _sums(shared, columns)
@@ -133,14 +133,13 @@ def _compact_head(model: Any, factors: np.ndarray, has_own: np.ndarray) -> Compa
     return rows
 
 
-def _fit(rows: Tensor, columns: Tensor, shares: Tensor) -> Tensor:
+def _fit(rows: Tensor, columns: Tensor, shares: Tensor, num_values: int) -> Tensor:
     """(F, D): the factors' rows whose sums come closest to the codes' rows (K, D).
 
     Codes count by how often they come, and a thousandth of the mean more, so that those that never
     come count too.
     """
-    design = rows.new_zeros(len(columns), int(columns.max()) + 1)
-    design = design.scatter(1, columns, 1.0).double()
+    design = rows.new_zeros(len(columns), num_values).scatter(1, columns, 1.0).double()
     weights = (shares + 1e-3 * shares.mean() + 1e-9).double()[:, None]
     gram = design.T @ (weights * design)
     # Rows may move from one factor to another and their sums stay: the ridge settles it.

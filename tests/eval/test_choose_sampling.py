@@ -36,7 +36,7 @@ def test_the_best_setting_becomes_the_models_own(
     grid = SamplingGrid(guidance=(1.0, 2.0), temperature=(0.5, 1.0))
     tried = choose_sampling(folder, "board", grid=grid, n=1, progress=False)
     assert [one["score"] for one in tried] == [1.0, 0.0, 0.0, 0.0]
-    chosen = {"guidance": 2.0, "temperature": 0.5, "top_k": None}
+    chosen = {"guidance": 2.0, "temperature": 0.5, "top_k": None, "candidates": 1}
     assert chosen.items() <= tried[0].items() and set(tried[0]["categories"]) == set(CATEGORIES)
     assert json.loads((folder / "processor_config.json").read_text())["draw_settings"] == chosen
     scored = {p.text for c in CATEGORIES for p in prompts(c, 1, 0)}
@@ -55,12 +55,14 @@ def test_the_command_tries_what_it_is_told(tmp_path: Path, monkeypatch: pytest.M
     folder = toy_merged_folder(tmp_path)
     monkeypatch.setattr(module, "judge_drawings", lambda pictures, plan: [True] * len(plan))
     words = ["--guidance=1.5", "--temperature=0.5", "--top-k=0", "--top-k=4", "--n=1"]
+    words.append("--candidates=2")
     result = CliRunner().invoke(app, ["choose-sampling", str(folder), *words])
     assert result.exit_code == 0, result.output
     lines = [line for line in result.stdout.splitlines() if line.startswith("guidance")]
     assert sorted(line.split()[5] for line in lines) == ["4", "all"]
     chosen = json.loads((folder / "processor_config.json").read_text())["draw_settings"]
     assert chosen["guidance"] == 1.5 and chosen["top_k"] in (None, 4)
+    assert chosen["candidates"] == 2
 
 
 def test_a_model_that_draws_nothing_right_keeps_its_settings(tmp_path: Path) -> None:

@@ -210,7 +210,10 @@ class Reply:
             "created": int(time.time()),
             "model": self.serving_chat.models.model_name(lora_request),
         }
-        self.request_options = {"lora_request": lora_request, "priority": self.request.priority}
+        self.request_options: dict[str, Any] = {
+            "lora_request": lora_request,
+            "priority": self.request.priority,
+        }
         if self.mode != "image":
             return
         least = self.grammar.min_span_ids
