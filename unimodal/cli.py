@@ -502,7 +502,8 @@ def draw(
     guidance = own["guidance"] if guidance is None else guidance
     temperature = own["temperature"] if temperature is None else temperature
     top_k = own["top_k"] if top_k is None else top_k
-    candidates = own["candidates"] if candidates is None else candidates
+    if candidates is None:  # beside an adapter vLLM cannot judge them
+        candidates = 1 if backend == "vllm" and adapter else own["candidates"]
     if file is not None:
         if prompts:
             raise ConfigurationError(f"prompts came both as words and as --prompts {file}")
@@ -586,6 +587,11 @@ def _draw_file(
     if backend == "vllm" and where["device"]:
         raise ConfigurationError("--device came with --backend vllm, which takes its own device")
     drawings = read_prompts(file, Defaults(**defaults))
+    if backend == "vllm" and where["adapter"] and any(one.candidates > 1 for one in drawings):
+        raise ConfigurationError(
+            "candidates came with --backend vllm and an adapter, beside which vLLM cannot judge "
+            "them; merge the adapter first (unimodal merge-adapter), or give --candidates 1"
+        )
     adapter = where["adapter"]
     about = {
         "model": str(Path(model).resolve()) if Path(model).is_dir() else model,

@@ -31,8 +31,9 @@ def entries(out: Path) -> dict[str, dict[str, Any]]:
     return {entry["file"]: entry for entry in map(json.loads, lines)}
 
 
-def command(folder: Path, backend: str, *more: str) -> list[str]:
-    words = ["draw", "--model", "toy", "--prompts", "prompts.jsonl", "--adapter", "adapter"]
+def command(folder: Path, backend: str, *more: str, adapted: bool = True) -> list[str]:
+    words = ["draw", "--model", "toy", "--prompts", "prompts.jsonl"]
+    words += ["--adapter", "adapter"] if adapted else []
     words += ["--dtype", "float32", "--backend", backend, "--out", backend, *more]
     return [sys.executable, "-m", "unimodal.cli", *words]
 
@@ -44,8 +45,6 @@ def test_a_killed_batch_goes_on_and_equals_that_of_transformers(tmp_path: Path) 
     folder = merge(llm, tmp_path / "it", tmp_path / "toy")
     random_adapter(folder, tmp_path / "adapter", seed=1)
     lines = [{"prompt": f"a red circle {i}", "guidance": 1 + i % 2, "n": 4} for i in range(40)]
-    for line in lines[::4]:
-        line["candidates"] = 3
     lines[5]["prompt"] = "star " * 600  # longer than the context
     lines[5]["n"] = 1
     text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -83,3 +82,26 @@ def test_a_killed_batch_goes_on_and_equals_that_of_transformers(tmp_path: Path) 
     for name in ours:
         drawn = [(tmp_path / backend / name).read_bytes() for backend in ("vllm", "transformers")]
         assert drawn[0] == drawn[1]
+
+
+def test_the_best_candidates_equal_those_of_transformers(tmp_path: Path) -> None:
+    llm = save_llm(tmp_path / "llm", head_dim=32, num_attention_heads=2, num_key_value_heads=1)
+    image_tokenizer = nested_image_tokenizer(num_latent_tokens=32, codebook_size=64)
+    image_tokenizer.save_pretrained(tmp_path / "it")
+    folder = merge(llm, tmp_path / "it", tmp_path / "toy")
+    lines = [{"prompt": f"a red circle {i}", "guidance": 1 + i % 2, "n": 2} for i in range(6)]
+    text = "".join(json.dumps({**line, "candidates": 4}) + "\n" for line in lines)
+    (tmp_path / "prompts.jsonl").write_text(text)
+    options: Any = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    found = []
+    for backend in ("vllm", "transformers"):
+        words = command(folder, backend, adapted=False)
+        subprocess.run(words, check=True, capture_output=True, **options)
+        found.append(entries(tmp_path / backend))
+    assert len(found[0]) == 12 and found[0] == found[1]
+
+    random_adapter(folder, tmp_path / "adapter", seed=1)
+    words = command(folder, "vllm", "--candidates", "2")
+    refused = subprocess.run(words, capture_output=True, text=True, **options)
+    assert refused.returncode != 0 and "candidates" in refused.stderr
+    assert "Loading" not in refused.stderr  # before an engine is started

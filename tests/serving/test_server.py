@@ -23,6 +23,7 @@ from tests.serving.asking import (
 )
 from tests.serving.conftest import MOST
 from tokenizer_hf.image_processing_image_tokenizer import open_image
+from unimodal.generation.candidates import candidate_seeds
 from unimodal.generation.sampling import SamplingSettings, generate
 from unimodal.pipeline import Unimodal
 from unimodal.serving.check import Server, compare
@@ -86,19 +87,29 @@ def test_ten_sampled_and_guided_images_at_once_equal_those_of_transformers(
 
 
 def test_the_best_candidates_are_those_of_transformers(client: Any, model: Unimodal) -> None:
+    processor = model.processor
+    prompt, negative = (
+        processor.render(processor.draw_messages(text), add_generation_prompt=True).input_ids
+        for text in (PROMPTS[0], "")
+    )
+    seeds = [seed for first in (5, 6, 7) for seed in candidate_seeds(first, 6)]
     for guidance in (1.0, 2.0):
-        answers = [
-            client.images.generate(
-                prompt=PROMPTS[0],
-                n=3,
-                extra_body={"seed": 5, "guidance_scale": guidance, "candidates": candidates},
-            )
-            for candidates in (6, 1)
-        ]
-        drawn, first = ([opened(image.b64_json) for image in one.data] for one in answers)
-        expected = model.draw(PROMPTS[0], n=3, seed=5, guidance=guidance, candidates=6)
-        assert [one.tobytes() for one in drawn] == [one.tobytes() for one in expected]
-        assert [one.tobytes() for one in drawn] != [one.tobytes() for one in first]
+        extra = {"seed": 5, "guidance_scale": guidance, "return_token_ids": True}
+        answer = client.images.generate(
+            prompt=PROMPTS[0], n=3, extra_body={**extra, "candidates": 6}
+        )
+        drawn = generate(
+            model.model,
+            processor,
+            [prompt] * 18,
+            SamplingSettings(guidance=guidance),
+            mode="image",
+            negative_prompts=[negative] * 18,
+            seeds=seeds,
+        )
+        best = model.best_candidates([PROMPTS[0]] * 3, drawn)
+        assert [image.token_ids for image in answer.data] == best != drawn[::6]
+        assert answer.usage.output_tokens == sum(map(len, best))
     with pytest.raises(openai.BadRequestError, match="candidates"):
         client.images.generate(prompt="a star", extra_body={"candidates": 1000})
 

@@ -108,7 +108,7 @@ def test_edits_are_streamed(client: Any) -> None:
 
 
 def test_edits_have_no_candidates(client: Any) -> None:
-    with pytest.raises(openai.BadRequestError, match=r"candidates is 2.*not edits"):
+    with pytest.raises(openai.BadRequestError, match=r"candidates is 2: .*not edits"):
         client.images.edit(image=png(1), prompt="a star", extra_body={"candidates": 2})
     assert client.images.edit(image=png(1), prompt="a star", extra_body={"candidates": 1}).data
 

@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from tokenizer_hf.errors import ConfigurationError
 from unimodal.generation.candidates import Reading, best_of, candidate_seeds
 from unimodal.serving.segments import DrawSettings, ImageSegments, OnIds, together
 
@@ -30,8 +31,11 @@ async def draw_best(
         on_codes: likewise; it is shown the first candidate.
 
     Raises:
+        ConfigurationError: several candidates, and this engine cannot judge them.
         ConfigurationError, MessageError, ServingError: as :meth:`ImageSegments.draw`.
     """
+    if candidates > 1 and segments.candidates_problem:
+        raise ConfigurationError(segments.candidates_problem)
     spans = await together(
         segments.draw(
             prompt,

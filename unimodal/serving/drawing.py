@@ -80,17 +80,24 @@ class Drawing:
         """Return how many drawings each image is the best of.
 
         Raises:
-            ConfigurationError: candidates of a drawing that takes images up.
+            ConfigurationError: candidates of a drawing that takes images up, or on a server that
+                cannot judge them.
         """
-        if not isinstance(request, EditsRequest):
-            own = self.prompts.processor.draw_settings["candidates"]
-            return own if request.candidates is None else request.candidates
-        if request.candidates not in (None, 1):
-            raise ConfigurationError(
-                f"candidates is {request.candidates}, but only drawings from words alone are "
-                "judged, not edits; leave it out"
-            )
-        return 1
+        wanted, problem = request.candidates, self.segments.candidates_problem
+        if isinstance(request, EditsRequest):
+            problem = "only drawings from words alone have candidates, not edits; leave it out"
+        if wanted is None:
+            return 1 if problem else self.own_candidates
+        if wanted > 1 and problem:
+            raise ConfigurationError(f"candidates is {wanted}: {problem}")
+        return wanted
+
+    @property
+    def own_candidates(self) -> int:
+        """How many candidates a drawing has here without a word."""
+        if self.segments.candidates_problem:
+            return 1
+        return self.prompts.processor.draw_settings["candidates"]
 
     def judge(self, prompt: str) -> Judge:
         """Return what gives the conversations by which drawings of a prompt are judged."""

@@ -351,6 +351,8 @@ class Abilities(BaseModel):
     """Whether the server's flags leave room for it."""
     guidance_problem: str | None
     """Why not."""
+    candidates: int
+    """That an image of the images endpoint is the best of, without a word."""
     max_n: int = MAX_IMAGES
     max_partial_images: int = MAX_PREVIEWS
     output_formats: list[str] = ["png", "jpeg", "webp"]
@@ -363,8 +365,9 @@ def abilities(
     image_size: int,
     defaults: dict[str, Any],
     guidance_problem: str | None,
+    candidates: int,
 ) -> Abilities:
-    """Say what a model does with images; ``defaults`` are its own settings."""
+    """Say what a model does with images; ``defaults`` and ``candidates`` are its own settings."""
     return Abilities(
         size=f"{image_size}x{image_size}",
         codes=Codes(
@@ -376,6 +379,7 @@ def abilities(
         nested=vocabulary.nested,
         guidance=guidance_problem is None,
         guidance_problem=guidance_problem,
+        candidates=candidates,
         defaults={**ChatImageOptions().model_dump(), **defaults},
     )
 

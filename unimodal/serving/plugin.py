@@ -225,7 +225,6 @@ class UnimodalEndpoints:
             "temperature": own.temperature,
             "top_k": own.top_k,
             "guidance_scale": own.guidance,
-            "candidates": self.drawing.processor.draw_settings["candidates"],
         }
         for card in answer["data"]:
             card["unimodal"] = abilities(
@@ -233,6 +232,7 @@ class UnimodalEndpoints:
                 self.image_size,
                 defaults,
                 self.drawing.segments.guidance_problem,
+                self.drawing.own_candidates,
             ).model_dump()
         return JSONResponse(answer)
 

@@ -51,6 +51,11 @@ LONGEST_STEP_SECONDS = 0.2
 """A longer pause between outputs is taken for an idle engine."""
 
 
+CANDIDATES_AND_ADAPTERS = (
+    "candidates are judged by log-probabilities of prompts, which vLLM cannot compute where "
+    "adapters are loaded; merge the adapter (`unimodal merge-adapter`), or ask for one candidate"
+)
+
 T = TypeVar("T")
 
 OnIds = Callable[[list[int]], None]
@@ -214,6 +219,8 @@ class ImageSegments:
         """Tokens that the cache of one engine holds."""
         self.guidance_problem = guidance_problem(config)
         """Why this server cannot draw with guidance; None where it can."""
+        self.candidates_problem = candidates_problem(config)
+        """Why this server cannot judge candidates; None where it can."""
         self.pairs = 0
         """Guided drawings begun since the server started."""
         self.restarts = 0
@@ -622,6 +629,13 @@ def cache_tokens(config: Any) -> float:
     """Return how many tokens the cache of one engine holds; infinity where vLLM does not say."""
     tokens = getattr(config.cache_config, "kv_cache_size_tokens", None) or math.inf
     return tokens - config.cache_config.block_size  # vLLM keeps one block for itself
+
+
+def candidates_problem(config: Any) -> str | None:
+    """Return why an engine of this configuration cannot judge candidates, or None."""
+    if config.lora_config is None:
+        return None
+    return CANDIDATES_AND_ADAPTERS
 
 
 def guidance_problem(config: Any) -> str | None:
