@@ -126,6 +126,32 @@ def test_pictures_are_those_of_draw_and_the_manifest_says_how(tmp_path, model):
         assert again.tobytes() == picture.tobytes()
 
 
+def test_candidates_are_judged_as_in_draw(tmp_path, model):
+    lines = [{"prompt": f"a star {i}", "n": 3, "seed": 10 * i, "candidates": 7} for i in range(3)]
+    drawings = read_prompts(write(tmp_path / "p.jsonl", *lines), Defaults(guidance=1.0))
+    run(model, drawings, tmp_path / "out")
+    one = [{**line, "candidates": 1} for line in lines]
+    first = read_prompts(write(tmp_path / "p.jsonl", *one), Defaults(guidance=1.0))
+    run(model, first, tmp_path / "first")
+    found, alone = entries(tmp_path / "out"), entries(tmp_path / "first")
+    assert {entry["candidates"] for entry in found.values()} == {7}
+    assert any(found[file]["codes"] != alone[file]["codes"] for file in found)
+    for line in lines:
+        spans = {}
+        model.draw(
+            line["prompt"],
+            n=3,
+            seed=line["seed"],
+            guidance=1.0,
+            candidates=7,
+            on_token=lambda row, token, spans=spans: spans.setdefault(row, []).append(token),
+        )
+        best = model.best_candidates([line["prompt"]] * 3, [spans[row] for row in range(21)])
+        files = [d.file for d in drawings if d.prompt == line["prompt"]]
+        codes = [model.processor.vocabulary.to_codes(span[1:-1]) for span in best]
+        assert [found[file]["codes"] for file in files] == codes
+
+
 def test_an_error_loses_no_other_picture_and_is_tried_again(tmp_path, model):
     lines = ({"prompt": "a ring"}, {"prompt": "star " * 600}, {"prompt": "a cross"})
     drawings = read_prompts(write(tmp_path / "p.jsonl", *lines), Defaults())

@@ -97,7 +97,8 @@ def test_caption_of_what_is_no_picture(run, folder, tmp_path):
 
 def test_draw_writes_png_with_its_settings(run, folder, tmp_path):
     arguments = ("draw", "--model", folder, "a red circle", "un cœur", "--n", 2, "--seed", 5)
-    code, out, err = run(*arguments, "--guidance", 2, "--negative", "blue", "--top-k", 7)
+    options = ("--guidance", 2, "--negative", "blue", "--top-k", 7, "--candidates", 3)
+    code, out, err = run(*arguments, *options)
     assert (code, err) == (0, "")
     paths = [Path(line) for line in out.splitlines()]
     assert [path.name for path in paths] == [
@@ -117,6 +118,7 @@ def test_draw_writes_png_with_its_settings(run, folder, tmp_path):
         "guidance": 2.0,
         "temperature": 1.0,
         "top_k": 7,
+        "candidates": 3,
         "budget": None,
         "negative_prompt": "blue",
         "model": str(folder),
@@ -125,7 +127,7 @@ def test_draw_writes_png_with_its_settings(run, folder, tmp_path):
     # What the metadata says draws the same picture again, into a file of its own.
     again = run(
         *("draw", "-m", folder, "un cœur", "--seed", 8, "--guidance", 2, "--negative", "blue"),
-        *("--top-k", 7, "--out", tmp_path / "again.png"),
+        *("--top-k", 7, "--candidates", 3, "--out", tmp_path / "again.png"),
     )
     assert again[1] == f"{tmp_path / 'again.png'}\n"
     assert Image.open(tmp_path / "again.png").tobytes() == image.tobytes()
