@@ -28,7 +28,7 @@ from tokenizer_hf.vocabulary import ImageVocabulary
 from unimodal.generation.candidates import MAX_CANDIDATES, candidate_seeds
 from unimodal.generation.grammar import ImageSpanGrammar
 from unimodal.generation.sampling import SamplingSettings, generate
-from unimodal.pipeline import ROWS_PER_BATCH, Unimodal
+from unimodal.pipeline import Unimodal
 from unimodal.processing_unimodal import DRAW_DEFAULTS, UnimodalProcessor
 from unimodal.terminal import save_png
 
@@ -344,7 +344,7 @@ class TransformersBackend:
             alike = replace(drawing, file="", id="", prompt="", seed=0)
             groups.setdefault(alike, []).append(drawing)
         for settings, group in groups.items():
-            size = max(1, ROWS_PER_BATCH // settings.candidates)
+            size = max(1, self.model.rows_per_batch // settings.candidates)
             for first in range(0, len(group), size):
                 chunk = group[first : first + size]
                 for drawing, result in zip(chunk, self._draw_or_say_why(chunk), strict=True):

@@ -33,7 +33,10 @@ from unimodal.messages import Message
 from unimodal.processing_unimodal import UnimodalProcessor
 from unimodal.shipped import resolve
 
-ROWS_PER_BATCH = 16  # pictures, captions or replies generated at once; results do not depend on it
+ROWS_PER_BATCH = 16
+"""Pictures, captions or replies that are generated at once; results do not depend on it."""
+SMALL_ROWS_PER_BATCH = 64
+"""Likewise of a small model, whose cache of keys and values is small too."""
 CAPTION_TOKENS = 128
 SMALL_PARAMETERS = 100_000_000
 REPLY_TOKENS = 512
@@ -78,6 +81,8 @@ class Unimodal:
             )
         self.model = model.eval()
         self.processor = processor
+        small = model.num_parameters() < SMALL_PARAMETERS
+        self.rows_per_batch = SMALL_ROWS_PER_BATCH if small else ROWS_PER_BATCH
 
     @classmethod
     def from_pretrained(
@@ -237,7 +242,7 @@ class Unimodal:
             for row, span in enumerate(spans)
         ]
         described, drawn = (
-            answer_log_likelihoods(self.model, [pair[term] for pair in judged], ROWS_PER_BATCH)
+            answer_log_likelihoods(self.model, [pair[term] for pair in judged], self.rows_per_batch)
             for term in (0, 1)
         )
         scores = [a + b for a, b in zip(described, drawn, strict=True)]
@@ -343,8 +348,8 @@ class Unimodal:
             unwanted = self.processor.draw_messages(negative_prompt)
             negative = self.processor.render(unwanted, add_generation_prompt=True).input_ids
         rows: list[list[int]] = []
-        for first in range(0, len(prompts), ROWS_PER_BATCH):
-            batch = prompts[first : first + ROWS_PER_BATCH]
+        for first in range(0, len(prompts), self.rows_per_batch):
+            batch = prompts[first : first + self.rows_per_batch]
             rows += generate(
                 self.model,
                 self.processor,
@@ -352,7 +357,7 @@ class Unimodal:
                 settings,
                 mode=mode,
                 negative_prompts=None if negative is None else [negative] * len(batch),
-                seeds=seeds[first : first + ROWS_PER_BATCH],
+                seeds=seeds[first : first + self.rows_per_batch],
                 stop_token_ids=stop_token_ids,
                 on_token=_shifted(on_token, first),
             )

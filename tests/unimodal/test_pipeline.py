@@ -15,7 +15,6 @@ from tokenizer_hf.errors import (
     MessageError,
     MismatchError,
 )
-from unimodal import pipeline
 from unimodal.pipeline import Reply, Unimodal
 
 
@@ -76,7 +75,7 @@ def test_a_drawing_depends_on_its_prompt_and_seed_alone(model):
 
 def test_many_drawings_do_not_depend_on_the_size_of_a_batch(model, monkeypatch):
     five = model.draw("a ring", n=5, seed=0)
-    monkeypatch.setattr(pipeline, "ROWS_PER_BATCH", 2)
+    monkeypatch.setattr(model, "rows_per_batch", 2)
     seen = []
     assert same(model.draw("a ring", n=5, seed=0, on_token=lambda row, _: seen.append(row)), five)
     assert set(seen) == {0, 1, 2, 3, 4}
