@@ -504,9 +504,8 @@ def neutralise(text: str, strings: Iterable[str], breaker: str = BREAKER) -> str
     Returns:
         The text; the same object where it holds no control string.
     """
-    wanted, lengths, start = _index(
-        strings if isinstance(strings, frozenset) else frozenset(strings)
-    )
+    strings = strings if isinstance(strings, frozenset) else frozenset(strings)
+    wanted, lengths, start = _index(_Same(strings))
     if start is None:
         return text
     pieces: list[str] = []
@@ -585,10 +584,25 @@ def _ids_of(text: str, tokenizer: Any) -> list[int]:
     return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
+class _Same:
+    """A set as a key by its identity: comparing two large equal sets would take a millisecond."""
+
+    __slots__ = ("strings",)
+
+    def __init__(self, strings: frozenset[str]) -> None:
+        self.strings = strings
+
+    def __hash__(self) -> int:
+        return id(self.strings)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.strings is other.strings
+
+
 @lru_cache(maxsize=16)
-def _index(strings: frozenset[str]) -> tuple[frozenset[str], list[int], re.Pattern[str] | None]:
+def _index(key: _Same) -> tuple[frozenset[str], list[int], re.Pattern[str] | None]:
     """The strings, their lengths, and a pattern of the characters that they start with."""
-    wanted = strings - {""}
+    wanted = key.strings - {""}
     if not wanted:
         return wanted, [], None
     firsts = "".join(sorted({re.escape(string[0]) for string in wanted}))

@@ -244,6 +244,19 @@ PIECES = st.sampled_from(
 )
 
 
+def test_the_index_of_control_strings_is_found_without_comparing_them():
+    class Set(frozenset):
+        def __eq__(self, other):
+            raise AssertionError("compared with another set of many thousand strings")
+
+        __hash__ = frozenset.__hash__
+
+    strings = [f"<|image_{code}|>" for code in range(1000)]
+    one, two = Set(strings), Set(strings)
+    for controls in (one, two, one):
+        assert neutralise("a <|image_7|>", controls) == "a <\u200b|image_7|>"
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(PIECES, max_size=12).map("".join))
 def test_neutralised_text_never_becomes_a_control_token(text):
