@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM
 
 from tokenizer_hf.errors import CheckpointError, ConfigurationError, MessageError, MismatchError
 from unimodal.generation.candidates import (
-    answer_log_likelihoods,
     best_of,
     candidate_seeds,
     check_candidates,
+    mean_log_likelihoods,
     readings,
 )
 from unimodal.generation.grammar import Mode
@@ -242,7 +242,7 @@ class Unimodal:
             for row, span in enumerate(spans)
         ]
         described, drawn = (
-            answer_log_likelihoods(self.model, [pair[term] for pair in judged], self.rows_per_batch)
+            mean_log_likelihoods(self.model, [pair[term] for pair in judged], self.rows_per_batch)
             for term in (0, 1)
         )
         scores = [a + b for a, b in zip(described, drawn, strict=True)]

@@ -118,7 +118,7 @@ def test_the_best_candidate_is_the_one_that_the_model_judges_best(model):
             labels = torch.tensor(processor.render([*question, answer]).labels)[1:]
             with torch.inference_mode():
                 logits = model.model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
-            score += float(logits[labels >= 0, labels[labels >= 0]].sum())
+            score += float(logits[labels >= 0, labels[labels >= 0]].mean())
         best.append(score)
     likeliest = np.array(best).reshape(2, each).argmax(1)
     assert likeliest.any()  # not simply the first

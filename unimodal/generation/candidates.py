@@ -3,11 +3,13 @@
 A model that reads better than it draws can judge what it drew. Of the candidates x_1 ... x_n of
 a prompt c, the one is kept that maximises
 
-    log p(c | x) + log p(x | c)
+    log p(c | x) / |c| + log p(x | c) / |x|
 
 The first term is how likely the model, asked to describe the picture, answers with the prompt: it
 falls where something is missing or of another colour. The second is how likely it draws this
 picture for the prompt, without guidance: it falls where a shape is broken, which readers overlook.
+Both are means over the ids of the answer: a sum would let the many codes of a picture outvote the
+few words of a prompt, and the likeliest of all pictures is an empty one.
 
 Source: A. Ramesh et al., "Zero-Shot Text-to-Image Generation" (2021), section 2.6, ranks samples
 with a contrastive model of its own (CLIP). Here the judge is the unified model itself, so nothing
@@ -68,10 +70,11 @@ def _reading(rendered: Any) -> Reading:
     return rendered.input_ids[: last.stop], last.stop - last.start
 
 
-def answer_log_likelihoods(
+def mean_log_likelihoods(
     model: Any, conversations: Sequence[Reading], batch_size: int
 ) -> list[float]:
-    """Return log p(answer | what stands before it), in nats, of each conversation.
+    """Return log p(answer | what stands before it), in nats an id of the answer, of each
+    conversation.
 
     Args:
         model: a decoder-only Hugging Face causal LM.
@@ -82,7 +85,7 @@ def answer_log_likelihoods(
     for members in _batches(order, batch_size):
         values = _log_likelihoods(model, [conversations[one] for one in members])
         for one, value in zip(members, values, strict=True):
-            found[one] = value
+            found[one] = value / conversations[one][1]
     return found
 
 

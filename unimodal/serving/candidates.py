@@ -50,7 +50,7 @@ async def draw_best(
         return spans[0]
     pairs = await judge(spans)
     found = await together(
-        segments.log_likelihood(*reading, **request) for pair in pairs for reading in pair
+        segments.mean_log_likelihood(*reading, **request) for pair in pairs for reading in pair
     )
     scores = [a + b for a, b in zip(found[::2], found[1::2], strict=True)]
     return spans[best_of(scores)]

@@ -337,10 +337,10 @@ class ImageSegments:
             raise ServingError(f"the engine broke an image off: {problem}; ask for it again")
         return span
 
-    async def log_likelihood(
+    async def mean_log_likelihood(
         self, ids: Sequence[int], length: int, *, lora_request: Any = None, priority: int = 0
     ) -> float:
-        """Return log p(the last ids | those before them), in nats.
+        """Return log p(the last ids | those before them), in nats an id.
 
         Args:
             ids: of a conversation.
@@ -366,7 +366,7 @@ class ImageSegments:
                 found.append(output.prompt_logprobs[position][ids[position]].logprob)
 
         await self._run(tokens_input(list(ids)), params, call, lambda _ids: None, take)
-        return sum(found)
+        return sum(found) / length
 
     def _reporter(self, on_codes: OnIds) -> OnIds:
         """Return what takes ids so far and passes codes on, once each time there are more."""
