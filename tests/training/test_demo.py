@@ -161,7 +161,8 @@ def test_the_printed_commands_do_what_the_stages_do(
     def choose(folder: Any, level: str, *, grid: Any, n: int, seed: int) -> list[dict[str, Any]]:
         lists = {name: list(values) for name, values in dataclasses.asdict(grid).items()}
         calls.append((str(folder), level, lists, n, seed))
-        return [{"guidance": 1.0, "temperature": 0.3, "top_k": None, "score": 1.0}]
+        chosen = {"guidance": 1.0, "temperature": 0.3, "top_k": None, "candidates": 4}
+        return [{**chosen, "score": 1.0}]
 
     def check(folder: Any, prompts: list[str], *_: Any, **named: Any) -> dict[str, Any]:
         calls.append((str(folder), prompts, named.get("guidance", 1.0), str(named["out"])))
@@ -170,7 +171,7 @@ def test_the_printed_commands_do_what_the_stages_do(
     monkeypatch.setattr("eval.choose_sampling.choose_sampling", choose)
     monkeypatch.setattr("unimodal.serving.check.check_identical", check)
     monkeypatch.setattr("eval.evaluate.update_report", lambda *_: None)
-    grid = {"guidance": [1.0, 2.5], "temperature": [0.3], "top_k": [None, 4]}
+    grid = {"guidance": [1.0, 2.5], "temperature": [0.3], "top_k": [None, 4], "candidates": [1, 4]}
     recipe = DemoRecipe(
         shapes={"n": 8, "level": "free"},
         choose_sampling={"grid": grid, "n": 3},
