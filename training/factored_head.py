@@ -34,16 +34,15 @@ class FactoredHead:
     """Computes next-token losses from the factors' logits.
 
     Args:
-        model: a PEFT model after `training.factored_rows.share_rows`.
-        rows: which of its head's rows have a logit of their own, as `share_rows` returned it.
+        rows: which rows of a head have a logit of their own, as `factored_rows.share_rows` returned
+            it.
         uncounted: bool (V,): codes that stay out of the softmax where a code is to be predicted.
     """
 
-    def __init__(self, model: Any, rows: CompactRows, uncounted: Tensor | None = None) -> None:
+    def __init__(self, rows: CompactRows, uncounted: Tensor | None = None) -> None:
         self.rows = rows
         self.sizes = rows.sizes
-        shape = [rows.num_rows]
-        self.columns = torch.full(shape, -1)
+        self.columns = torch.full((rows.num_rows,), -1)
         self.columns[rows.own_ids] = torch.arange(len(rows.own_ids))
         first, K = rows.first_code, len(rows.factors)
         summed = self.columns[first : first + K] < 0
@@ -51,12 +50,10 @@ class FactoredHead:
         if uncounted is not None:
             counted &= ~uncounted[first : first + K]
         place = torch.from_numpy(_places(rows.factors, self.sizes))
-        grids = torch.zeros(2, K)
-        grids[:, place] = torch.stack([summed, counted]).float()
-        self.grids = grids
+        self.grids = torch.zeros(2, K)
+        self.grids[:, place] = torch.stack([summed, counted]).float()
         """(2, K), in the order of the grid of factors: for text to be predicted, for codes."""
         self.factors = torch.from_numpy(rows.factors)
-        self.head = model.get_output_embeddings()
 
     @contextlib.contextmanager
     def compact(self) -> Iterator[None]:
@@ -123,7 +120,7 @@ def factored_head(
     """
     if rows is None or not _logits_are_plain(model):
         return None
-    return FactoredHead(model, rows, uncounted)
+    return FactoredHead(rows, uncounted)
 
 
 def _logits_are_plain(model: nn.Module) -> bool:

@@ -236,18 +236,16 @@ class Unimodal:
                 prompt, prompt by prompt.
         """
         each = len(spans) // len(prompts)
-        vocabulary = self.processor.vocabulary
         judged = [
-            readings(self.processor, prompts[row // each], vocabulary.to_codes(list(span)[1:-1]))
-            for row, span in enumerate(spans)
+            readings(self.processor, prompts[row // each], span) for row, span in enumerate(spans)
         ]
         described, drawn = (
             mean_log_likelihoods(self.model, [pair[term] for pair in judged], self.rows_per_batch)
             for term in (0, 1)
         )
-        scores = [a + b for a, b in zip(described, drawn, strict=True)]
+        terms = list(zip(described, drawn, strict=True))
         firsts = range(0, len(spans), each)
-        return [list(spans[first + best_of(scores[first : first + each])]) for first in firsts]
+        return [list(spans[first + best_of(terms[first : first + each])]) for first in firsts]
 
     def chat(
         self,

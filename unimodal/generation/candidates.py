@@ -45,20 +45,21 @@ def candidate_seeds(seed: int, candidates: int) -> list[int]:
     return [(seed + index * _STRIDE) % 2**63 for index in range(candidates)]
 
 
-def best_of(scores: Sequence[float]) -> int:
-    """Return which candidate is kept: the one of the highest score, the first of equals."""
-    return max(range(len(scores)), key=lambda index: (scores[index], -index))
+def best_of(terms: Sequence[tuple[float, float]]) -> int:
+    """Return which candidate is kept, by the two terms of each: the first of the best."""
+    scores = [described + drawn for described, drawn in terms]
+    return scores.index(max(scores))
 
 
-def readings(processor: Any, prompt: str, codes: Sequence[Any]) -> tuple[Reading, Reading]:
+def readings(processor: Any, prompt: str, span: Sequence[int]) -> tuple[Reading, Reading]:
     """The two conversations that judge a drawing: it is described with the prompt, and the prompt
     is answered with it.
 
     Args:
-        processor: gives ``caption_messages``, ``draw_messages`` and ``render``.
-        codes: of the drawing, (L,) or (L, G).
+        processor: of the model that is the judge.
+        span: ids of the drawing, ``<|image_start|>`` to ``<|image_end|>``.
     """
-    picture = {"type": "image", "codes": list(codes)}
+    picture = {"type": "image", "codes": processor.vocabulary.to_codes(list(span)[1:-1])}
     described = [*processor.caption_messages(picture), {"role": "assistant", "content": prompt}]
     drawn = [*processor.draw_messages(prompt), {"role": "assistant", "content": [picture]}]
     first, second = (_reading(processor.render(messages)) for messages in (described, drawn))

@@ -52,5 +52,4 @@ async def draw_best(
     found = await together(
         segments.mean_log_likelihood(*reading, **request) for pair in pairs for reading in pair
     )
-    scores = [a + b for a, b in zip(found[::2], found[1::2], strict=True)]
-    return spans[best_of(scores)]
+    return spans[best_of(list(zip(found[::2], found[1::2], strict=True)))]

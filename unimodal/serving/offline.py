@@ -90,8 +90,7 @@ class VllmBackend:
                 negative = prompt_ids(self.processor, drawing.negative_prompt)
 
             async def judge(spans: Sequence[list[int]]) -> list[tuple[Reading, Reading]]:
-                codes = [self.processor.vocabulary.to_codes(span[1:-1]) for span in spans]
-                return [readings(self.processor, drawing.prompt, one) for one in codes]
+                return [readings(self.processor, drawing.prompt, span) for span in spans]
 
             return drawing, await draw_best(
                 self.segments,

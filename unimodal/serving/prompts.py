@@ -64,8 +64,7 @@ class Prompts:
         """The conversations that judge drawings of a prompt; see `readings`."""
 
         def render() -> list[tuple[Reading, Reading]]:
-            codes = [self.processor.vocabulary.to_codes(list(span)[1:-1]) for span in spans]
             with self._tokenizer_lock:
-                return [readings(self.processor, prompt, one) for one in codes]
+                return [readings(self.processor, prompt, span) for span in spans]
 
         return await asyncio.to_thread(render)

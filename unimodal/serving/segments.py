@@ -51,11 +51,6 @@ LONGEST_STEP_SECONDS = 0.2
 """A longer pause between outputs is taken for an idle engine."""
 
 
-CANDIDATES_AND_ADAPTERS = (
-    "candidates are judged by log-probabilities of prompts, which vLLM cannot compute where "
-    "adapters are loaded; merge the adapter (`unimodal merge-adapter`), or ask for one candidate"
-)
-
 T = TypeVar("T")
 
 OnIds = Callable[[list[int]], None]
@@ -635,7 +630,10 @@ def candidates_problem(config: Any) -> str | None:
     """Return why an engine of this configuration cannot judge candidates, or None."""
     if config.lora_config is None:
         return None
-    return CANDIDATES_AND_ADAPTERS
+    return (
+        "candidates are judged by log-probabilities of prompts, which vLLM cannot compute where "
+        "adapters are loaded; merge the adapter (`unimodal merge-adapter`), or ask for one"
+    )
 
 
 def guidance_problem(config: Any) -> str | None:
