@@ -9,6 +9,7 @@ from transformers.configuration_utils import PretrainedConfig
 from tokenizer_hf.errors import ConfigurationError
 
 BODIES = ("conv", "vit", "palette")
+GROUNDS = ("patch", "picture")
 LAYOUTS = ("2d", "1d", "nested_1d")
 
 
@@ -32,6 +33,9 @@ class ImageTokenizerConfig(PretrainedConfig):
         patch_local: conv bodies: each code sees, and paints, its own square patch and nothing else.
             The width is then ``base_channels * channel_multiplier[-1]``.
         patch_size: ViT and palette bodies: side of a patch, pixels.
+        palette_ground: palette bodies: which colour of a patch is its background: ``"patch"`` (the
+            one that more of its border has) or ``"picture"`` (the one that most patches of the
+            picture share, so that masks are things and not holes in them).
         hidden_size, num_hidden_layers, num_attention_heads, mlp_ratio: ViT bodies: the transformer.
         num_latent_tokens: 1-D layouts: codes per picture.
         min_tokens: ``nested_1d``: the shortest prefix that training drops to and that ``decode``
@@ -74,6 +78,7 @@ class ImageTokenizerConfig(PretrainedConfig):
     patch_local: bool = False
 
     patch_size: int = 8
+    palette_ground: str = "patch"
     hidden_size: int = 256
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
@@ -171,6 +176,7 @@ class ImageTokenizerConfig(PretrainedConfig):
             ("encoder_type", self.encoder_type, BODIES),
             ("decoder_type", self.decoder_type, BODIES),
             ("token_layout", self.token_layout, LAYOUTS),
+            ("palette_ground", self.palette_ground, GROUNDS),
             ("quantizer_type", self.quantizer_type, ("vq", "fsq", "product")),
             ("distance", self.distance, ("l2", "cosine")),
             ("codebook_update", self.codebook_update, ("ema", "gradient")),

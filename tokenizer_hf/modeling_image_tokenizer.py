@@ -365,7 +365,7 @@ def _as_weights(values: Tensor, layer: nn.Module) -> Tensor:
 
 def _make_encoder(config: ImageTokenizerConfig) -> Any:
     if config.encoder_type == "palette":
-        return PaletteEncoder(config.num_channels, config.patch_size)
+        return PaletteEncoder(config.num_channels, config.patch_size, config.palette_ground)
     if config.encoder_type == "vit":
         return VitEncoder(
             num_channels=config.num_channels,

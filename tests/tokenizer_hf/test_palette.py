@@ -36,11 +36,16 @@ def pixels(pictures):
     return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-@pytest.fixture(scope="module", params=[[48, 10, 4], [48, 48]], ids=["colours", "pairs"])
+@pytest.fixture(
+    scope="module",
+    params=[([48, 10, 4], "patch"), ([48, 48], "patch"), ([48, 48], "picture")],
+    ids=["colours", "pairs", "one-ground"],
+)
 def tokenizer(request):
     """A palette tokenizer whose codebooks were placed on scenes without HELD_OUT pairs."""
     torch.manual_seed(0)
-    settings = {**PALETTE, "product_sizes": request.param}
+    sizes, ground = request.param
+    settings = {**PALETTE, "product_sizes": sizes, "palette_ground": ground}
     model = ImageTokenizer(ImageTokenizerConfig(**settings)).train()
     pictures = pixels([render(scene) for scene in scenes(1500, "exclude")])
     for batch in pictures.split(100):
@@ -70,6 +75,51 @@ def test_a_patch_of_one_colour_has_an_empty_mask():
     latents = PaletteEncoder(3, 8)(plain)[0, 0]
     assert not latents[:67].any()
     torch.testing.assert_close(latents[67:], plain.mean((0, 2, 3)), atol=1e-5, rtol=0)
+
+
+def free_pictures(count):
+    rng = random.Random(3)
+    return pixels([render(sample_scene(rng, "free", None, "any")) for _ in range(count)])
+
+
+@pytest.mark.parametrize("ground", ["patch", "picture"])
+def test_a_picture_is_painted_again_as_it_was(ground):
+    pictures = free_pictures(20)
+    painted = PaletteDecoder(3, 8, (8, 8))(PaletteEncoder(3, 8, ground)(pictures))
+    assert (painted - pictures).abs().mean() < 0.01
+    assert (painted - pictures).square().mean(dim=(1, 2, 3)).max() < 1e-3
+
+
+def test_on_one_ground_a_mask_is_what_a_thing_covers():
+    ground, figure = torch.tensor([-0.2, 0.4, -0.8]), torch.tensor([0.9, -0.5, 0.1])
+    covered = torch.zeros(40, 40)
+    covered[9:28, 11:29] = 1  # patch 12 is full of it; of patch 13, most of the border is
+    covered[9:28, 29] = 0.5
+    picture = ground[:, None, None] + covered * (figure - ground)[:, None, None]
+    latents = PaletteEncoder(3, 8, "picture")(picture[None])[0]
+    masks, figures, grounds = latents.split([64, 3, 3], -1)
+    wanted = covered.unflatten(0, (5, 8)).unflatten(2, (5, 8)).transpose(1, 2).reshape(25, 64)
+    torch.testing.assert_close(masks, wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(grounds, ground.expand(25, 3), atol=1e-5, rtol=0)
+    seen = wanted.sum(-1) > 0
+    expected = torch.where(seen[:, None], figure, 0.0)
+    torch.testing.assert_close(figures, expected, atol=1e-5, rtol=0)
+    by_patch = PaletteEncoder(3, 8)(picture[None])[0]
+    assert not by_patch[12, :64].any()  # the full patch is its own ground
+    torch.testing.assert_close(by_patch[13, 64:67], ground, atol=1e-5, rtol=0)  # inside out
+
+
+def test_a_soft_edge_alone_gets_the_colour_of_its_thing():
+    ground, figure = torch.tensor([0.9, 0.9, 0.9]), torch.tensor([0.7, -0.7, -0.6])
+    covered = torch.zeros(8, 24)
+    covered[2:6, 2:16] = 1
+    covered[2:6, 16] = 0.4  # of the third patch, no pixel has the thing's own colour
+    picture = ground[:, None, None] + covered * (figure - ground)[:, None, None]
+    third = PaletteEncoder(3, 8, "picture")(picture[None])[0, 2]
+    torch.testing.assert_close(third[64:67], figure, atol=1e-5, rtol=0)
+    torch.testing.assert_close(third[:64].view(8, 8), covered[:, 16:], atol=1e-5, rtol=0)
+    alone = PaletteEncoder(3, 8)(picture[None])[0, 2]
+    torch.testing.assert_close(alone[64:67], ground + 0.4 * (figure - ground), atol=1e-5, rtol=0)
 
 
 def test_combinations_that_training_never_saw_survive(tokenizer):
@@ -130,6 +180,7 @@ def test_factors_of_a_code(settings, radices):
         ({"decoder_type": "conv"}, "palette bodies need each other"),
         ({"quantizer_type": "fsq"}, "vq or product"),
         ({"product_sizes": [8]}, "three parts.* or two"),
+        ({"palette_ground": "sky"}, "palette_ground is 'sky'; expected one of patch, picture"),
         ({"product_sizes": [8, 0, 8]}, "at least 1 code"),
         ({"patch_size": 24}, "not a multiple"),
         (

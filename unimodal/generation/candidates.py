@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from tokenizer_hf.errors import ConfigurationError
+from unimodal.generation.rows import last_logits, left_pad
 
 MAX_CANDIDATES = 64
 _STRIDE = 1_000_000_007
@@ -96,26 +97,18 @@ def _batches(items: list[int], size: int) -> Iterator[list[int]]:
 
 
 def _log_likelihoods(model: Any, conversations: Sequence[Reading]) -> list[float]:
-    device = model.device
-    longest = max(len(ids) for ids, _ in conversations)
     most = max(length for _, length in conversations)
-    padding = torch.tensor([longest - len(ids) for ids, _ in conversations], device=device)
-    rows = [[0] * (longest - len(ids)) + list(ids) for ids, _ in conversations]
-    ids = torch.tensor(rows, device=device)
-    positions = torch.arange(longest, device=device) - padding[:, None]
-    options: dict[str, Any] = {"use_cache": False}
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if base._supports_logits_to_keep():
-        options["logits_to_keep"] = most + 1
+    ids, positions = left_pad([ids for ids, _ in conversations], model.device)
     with torch.inference_mode():
         output = model(
             input_ids=ids,
             attention_mask=(positions >= 0).long(),
             position_ids=positions.clamp(min=0),
-            **options,
+            use_cache=False,
+            **last_logits(model, most + 1),
         )
         logits = output.logits[:, -most - 1 : -1].float()
         said = logits.log_softmax(-1).gather(-1, ids[:, -most:, None])[..., 0]
-    lengths = torch.tensor([length for _, length in conversations], device=device)
-    in_answer = torch.arange(most, device=device) >= most - lengths[:, None]
+    lengths = torch.tensor([length for _, length in conversations], device=ids.device)
+    in_answer = torch.arange(most, device=ids.device) >= most - lengths[:, None]
     return said.masked_fill(~in_answer, 0).sum(-1).tolist()

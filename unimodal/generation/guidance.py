@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from tokenizer_hf.errors import ConfigurationError
 from unimodal.generation.grammar import ImageSpanGrammar
@@ -38,77 +37,6 @@ def mix_logits(conditional_BK: Tensor, unconditional_BK: Tensor, guidance: float
             return mixed_BK  # so both were finite
     both = conditional_BK.isfinite() & unconditional_BK.isfinite()
     return clean(torch.where(both, mixed_BK, conditional_BK))
-
-
-class RowBatch:
-    """Rows that are decoded together: left padded, one KV cache, positions from the mask.
-
-    Ids wait in ``pending`` until logits are asked for, so ids that the grammar forces cost no
-    forward of their own. Prompts that are equal are read once: several drawings of one prompt, and
-    the unconditional rows, which mostly share theirs.
-
-    Args:
-        model: a decoder-only Hugging Face model.
-        prompts: at least one id per row.
-        room: how many ids may follow a prompt.
-    """
-
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], room: int) -> None:
-        self.model = model
-        longest = max(map(len, prompts))
-        padding = [longest - len(prompt) for prompt in prompts]
-        rows = [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
-        self.pending = torch.tensor(rows, device=model.device)
-        columns = torch.arange(longest + room, device=model.device)
-        positions = columns[None] - torch.tensor(padding, device=model.device)[:, None]
-        self.mask = (positions >= 0).long() if any(padding) else None
-        self.positions = positions.clamp(min=0)
-        self.seen = 0
-        self.cache = DynamicCache(config=model.config)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.options: dict[str, Any] = {"use_cache": True, "past_key_values": self.cache}
-        if base._supports_logits_to_keep():
-            self.options["logits_to_keep"] = 1
-
-    def append(self, token_ids: Tensor) -> None:
-        """Add one id per row, int64 (rows,)."""
-        self.pending = torch.cat([self.pending, token_ids[:, None]], dim=1)
-
-    def logits(self) -> Tensor:
-        """Run the pending ids and return the logits behind the last of them, (rows, V)."""
-        if self.seen:
-            return self._forward()
-        starts = (self.positions == 0).sum(-1).tolist()  # equal ids may be padded differently
-        rows = [(start, *ids) for start, ids in zip(starts, self.pending.tolist(), strict=True)]
-        distinct = {row: place for place, row in enumerate(dict.fromkeys(rows))}
-        if len(distinct) == len(rows):
-            return self._forward()
-        self.keep([rows.index(row) for row in distinct])
-        logits_RV = self._forward()
-        copies = [distinct[row] for row in rows]
-        self.keep(copies)
-        return logits_RV[copies]
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only; a row may be named several times."""
-        index = torch.tensor(rows, device=self.pending.device)
-        self.pending = self.pending[index]
-        self.positions = self.positions[index]
-        self.mask = None if self.mask is None else self.mask[index]
-        if self.seen:
-            self.cache.batch_select_indices(index)
-
-    def _forward(self) -> Tensor:
-        stop = self.seen + self.pending.shape[1]
-        output = self.model(
-            input_ids=self.pending,
-            attention_mask=None if self.mask is None else self.mask[:, :stop],
-            position_ids=self.positions[:, self.seen : stop],
-            **self.options,
-        )
-        self.seen = stop
-        self.pending = self.pending[:, :0]
-        return output.logits[:, -1]
 
 
 def guided_generate(

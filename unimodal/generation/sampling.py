@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokenizer_hf.errors import ConfigurationError, MessageError
 from unimodal.generation.grammar import Allowed, ImageSpanGrammar, Mode
-from unimodal.generation.guidance import RowBatch, mix_logits
+from unimodal.generation.guidance import mix_logits
 from unimodal.generation.logits_processor import (
     check_warp,
     draw,
@@ -23,6 +23,7 @@ from unimodal.generation.logits_processor import (
     legal_columns,
     legal_ids,
 )
+from unimodal.generation.rows import RowBatch
 
 OnToken = Callable[[int, int], None]
 

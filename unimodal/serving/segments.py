@@ -360,7 +360,7 @@ class ImageSegments:
             for position in range(len(ids) - length, len(ids)):
                 found.append(output.prompt_logprobs[position][ids[position]].logprob)
 
-        await self._run(tokens_input(list(ids)), params, call, lambda _ids: None, take)
+        await self._run(tokens_input(list(ids)), params, call, take)
         return sum(found) / length
 
     def _reporter(self, on_codes: OnIds) -> OnIds:
@@ -386,8 +386,8 @@ class ImageSegments:
         """Run one request to its end and return what it wrote."""
         written: list[int] = []
 
-        def take(ids: Sequence[int]) -> None:
-            written.extend(ids)
+        def take(output: Any) -> None:
+            written.extend(output.outputs[0].token_ids)
             if call.report:
                 call.report(list(written))
 
@@ -483,8 +483,9 @@ class ImageSegments:
             yield StreamingInput(tokens_input(prompt[-1:]), params)
             meeting.enter()
 
-        def take(ids: Sequence[int]) -> None:
+        def take(output: Any) -> None:
             nonlocal held
+            ids = output.outputs[0].token_ids
             if not held:
                 # The id behind the first part says that it has been read. vLLM drops it.
                 held, ids = True, ids[1:]
@@ -515,7 +516,7 @@ class ImageSegments:
             companion = None
             if not steps.running:
                 params = self._params(COMPANION_TOKENS)
-                run = self._run(tokens_input(prompt), params, call, lambda _ids: None)
+                run = self._run(tokens_input(prompt), params, call, lambda _output: None)
                 companion = asyncio.ensure_future(run)
             try:
                 if companion or not steps.early:
@@ -551,11 +552,9 @@ class ImageSegments:
         prompt: Any,
         params: SamplingParams,
         call: _Call,
-        take: Callable[[Sequence[int]], None],
-        take_output: Callable[[Any], None] = lambda _output: None,
+        take: Callable[[Any], None],
     ) -> None:
-        """Run one request to its end and hand over what it writes, and vLLM's outputs as they are,
-        piece by piece.
+        """Run one request to its end and hand over vLLM's outputs, piece by piece.
 
         Raises:
             ServingError: the engine failed, or somebody aborted the request.
@@ -574,8 +573,7 @@ class ImageSegments:
                             f"the engine broke an image off ({piece.finish_reason}); ask for it "
                             "again"
                         )
-                    take(piece.token_ids)
-                    take_output(output)
+                    take(output)
         except VLLMServerError as error:
             raise ServingError(
                 f"the engine failed ({type(error).__name__}); try again later, and look into the "
