@@ -236,8 +236,11 @@ class ImageTokenizer(PreTrainedModel):
         models carry it.
         """
         fields = ImageTokenizerConfig.__annotations__.keys() - set(_TRAINING_ONLY_FIELDS)
+        # Fields younger than published tokenizers count only where they are used.
         if self.config.quantizer_type != "product":
             fields -= {"product_sizes"}
+        if self.config.palette_ground == "patch":
+            fields -= {"palette_ground"}
         meaning = {name: getattr(self.config, name) for name in sorted(fields)}
         digest = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):

@@ -139,6 +139,14 @@ def test_save_and_load_keep_the_codes(tokenizer, tmp_path):
     assert again.fingerprint() == tokenizer.fingerprint()
 
 
+def test_the_ground_is_part_of_what_a_code_means(tokenizer):
+    one = tokenizer.fingerprint()
+    mine = tokenizer.config.palette_ground
+    tokenizer.config.palette_ground = "patch" if mine == "picture" else "picture"
+    assert tokenizer.fingerprint() != one
+    tokenizer.config.palette_ground = mine
+
+
 def test_a_product_code_is_the_mixed_radix_number_of_its_parts():
     torch.manual_seed(0)
     quantizer = ProductQuantizer([4, 3], [2, 5]).eval()
