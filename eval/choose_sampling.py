@@ -100,6 +100,15 @@ def choose_sampling(
     return tried
 
 
+def line(tried: dict[str, Any]) -> str:
+    """One entry of what `choose_sampling` returns, as a line of a table."""
+    return (
+        f"guidance {tried['guidance']:<4} temperature {tried['temperature']:<4} "
+        f"top-k {tried['top_k'] or 'all':<4} candidates {tried['candidates']:<2} "
+        f"{100 * tried['score']:5.1f} %"
+    )
+
+
 def _score(
     model: Unimodal, plan: Sequence[Prompt], seed: int, settings: dict[str, Any]
 ) -> dict[str, Any]:

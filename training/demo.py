@@ -487,20 +487,18 @@ class _Walk:
         print(f"  largest logit difference to the adapter: {merged.max_logit_difference:.1e}")
 
     def choose_sampling(self) -> None:
-        from eval.choose_sampling import SamplingGrid, choose_sampling
+        from eval.choose_sampling import SamplingGrid, choose_sampling, line
 
         wanted = dict(self.recipe.choose_sampling or {})
         grid = SamplingGrid(**wanted.pop("grid", {}))
         level = (self.recipe.shapes or {}).get("level", "board")
         try:
-            best, *_ = choose_sampling(
-                self.path("model"), level, grid=grid, seed=self.seed, **wanted
-            )
+            tried = choose_sampling(self.path("model"), level, grid=grid, seed=self.seed, **wanted)
         except DataError as error:
             # A miniature's model draws nothing right; measure it all the same.
             print(f"  left as it was: {error}")
         else:
-            print(f"  guidance {best['guidance']}, temperature {best['temperature']}")
+            print(*(f"  {line(one)}" for one in tried), sep="\n")
 
     # --- what is measured -------------------------------------------------------------------------
 

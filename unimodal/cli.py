@@ -1126,7 +1126,7 @@ def choose_sampling_command(
     """
     from typing import cast
 
-    from eval.choose_sampling import SamplingGrid, choose_sampling
+    from eval.choose_sampling import SamplingGrid, choose_sampling, line
     from eval.shapes.scene import Level
 
     usual = SamplingGrid()
@@ -1137,11 +1137,7 @@ def choose_sampling_command(
         candidates=candidates or usual.candidates,
     )
     for one in choose_sampling(model, cast(Level, level), grid=grid, n=n, seed=seed):
-        typer.echo(
-            f"guidance {one['guidance']:<4} temperature {one['temperature']:<4} "
-            f"top-k {one['top_k'] or 'all':<4} candidates {one['candidates']:<2} "
-            f"{100 * one['score']:5.1f} %"
-        )
+        typer.echo(line(one))
 
 
 @app.command("report")
