@@ -1,5 +1,6 @@
 """The palette bodies and the product quantizer: what a patch shows, its colour and its ground."""
 
+import copy
 import random
 
 import numpy as np
@@ -26,9 +27,9 @@ PALETTE = {
 }
 
 
-def scenes(count, held_out, seed=0):
+def scenes(count, held_out, seed=0, level="board"):
     rng = random.Random(seed)
-    return [sample_scene(rng, "board", None, held_out) for _ in range(count)]
+    return [sample_scene(rng, level, None, held_out) for _ in range(count)]
 
 
 def pixels(pictures):
@@ -77,14 +78,9 @@ def test_a_patch_of_one_colour_has_an_empty_mask():
     torch.testing.assert_close(latents[67:], plain.mean((0, 2, 3)), atol=1e-5, rtol=0)
 
 
-def free_pictures(count):
-    rng = random.Random(3)
-    return pixels([render(sample_scene(rng, "free", None, "any")) for _ in range(count)])
-
-
 @pytest.mark.parametrize("ground", ["patch", "picture"])
 def test_a_picture_is_painted_again_as_it_was(ground):
-    pictures = free_pictures(20)
+    pictures = pixels([render(scene) for scene in scenes(20, "any", seed=3, level="free")])
     painted = PaletteDecoder(3, 8, (8, 8))(PaletteEncoder(3, 8, ground)(pictures))
     assert (painted - pictures).abs().mean() < 0.01
     assert (painted - pictures).square().mean(dim=(1, 2, 3)).max() < 1e-3
@@ -140,11 +136,10 @@ def test_save_and_load_keep_the_codes(tokenizer, tmp_path):
 
 
 def test_the_ground_is_part_of_what_a_code_means(tokenizer):
-    one = tokenizer.fingerprint()
+    other = copy.deepcopy(tokenizer)
     mine = tokenizer.config.palette_ground
-    tokenizer.config.palette_ground = "patch" if mine == "picture" else "picture"
-    assert tokenizer.fingerprint() != one
-    tokenizer.config.palette_ground = mine
+    other.config.palette_ground = "patch" if mine == "picture" else "picture"
+    assert other.fingerprint() != tokenizer.fingerprint()
 
 
 def test_a_product_code_is_the_mixed_radix_number_of_its_parts():

@@ -81,17 +81,14 @@ class PaletteEncoder(nn.Module):
         def away(colour: Tensor) -> Tensor:
             return (colour - common).square().sum(-1, keepdim=True)
 
-        swapped = ~plain & (away(figure) < away(ground))
+        bare = plain & (away(ground).sqrt() < LEAST_CONTRAST)
+        figure = torch.where(plain, common, figure)  # the other colour of a patch that has but one
+        swapped = ~bare & (away(figure) < away(ground))
         mask = torch.where(swapped, 1 - mask, mask)
         figure, ground = (
             torch.where(swapped, ground, figure),
             torch.where(swapped, figure, ground),
         )
-        filled = plain & (away(ground).sqrt() >= LEAST_CONTRAST)
-        mask = torch.where(filled, 1.0, mask)
-        figure = torch.where(filled, ground, figure)
-        ground = torch.where(filled, common.expand_as(ground), ground)
-        bare = plain & ~filled
         share, figure = self._unmixed(figure, ground, bare)
         return mask * share, torch.where(bare, 0.0, figure), ground
 

@@ -51,7 +51,8 @@ class RowBatch:
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], room: int) -> None:
         self.model = model
         self.pending, positions = left_pad(prompts, model.device, room)
-        self.mask = (positions >= 0).long() if bool((positions < 0).any()) else None
+        padded = len(set(map(len, prompts))) > 1
+        self.mask = (positions >= 0).long() if padded else None
         self.positions = positions.clamp(min=0)
         self.seen = 0
         self.cache = DynamicCache(config=model.config)
