@@ -304,7 +304,8 @@ def grid_text(scene: Scene) -> str:
     """A scene of any level in words, on an 8×8 grid in reading order, as a picture's codes go.
 
     A cell is the object that covers most of it, "red star", or the background's word where objects
-    cover less than an eighth. Sizes are not said: they show in the number of cells.
+    cover less than an eighth. Sizes are not said: they show in the number of cells. A comma stands
+    between rows, so that a column is a distance: without it nothing says what stands below what.
     """
     phrases = [scene.background] * GRID**2
     most = np.full(GRID**2, _LEAST_POINTS - 1)
@@ -315,7 +316,8 @@ def grid_text(scene: Scene) -> str:
         for cell in np.flatnonzero(points > most):
             phrases[cell] = f"{o.colour} {o.shape}"
         most = np.maximum(most, points)
-    return " ".join(phrases)
+    rows = (phrases[first : first + GRID] for first in range(0, GRID**2, GRID))
+    return ", ".join(" ".join(row) for row in rows)
 
 
 def picture_text(scene: Scene, level: Level) -> str:

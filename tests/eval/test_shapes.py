@@ -300,7 +300,7 @@ def test_grid_text() -> None:
     rows = [["tan"] * 8 for _ in range(8)]
     for row, column in ((1, 1), (2, 0), (2, 1), (2, 2), (3, 1)):
         rows[row][column] = "red cross"
-    assert grid_text(scene) == " ".join(cell for row in rows for cell in row)
+    assert grid_text(scene) == ", ".join(" ".join(row) for row in rows)
 
 
 def test_grid_text_says_what_the_pixels_show() -> None:
