@@ -422,7 +422,7 @@ def _draw_in_dialogues(run: _Run, talks: list[list[Any]]) -> list[Image.Image]:
             guidance=settings.guidance,
             image_temperature=settings.temperature,
             image_top_k=settings.top_k,
-            max_new_tokens=model.processor.vocabulary.max_span_codes + _ANSWER_TOKENS,
+            max_new_tokens=model.processor.vocabulary.span_length() + _ANSWER_TOKENS,
         )
         for talk, reply in zip(chunk, replies, strict=True):
             talk.append(reply.message)

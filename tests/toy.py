@@ -197,15 +197,12 @@ def _json(backend: Tokenizer) -> Any:
 
 
 def toy_extension(
-    codebook_size: int = 16, num_codebooks: int = 1, num_tokens: int = 4
+    codebook_size: int = 16, num_codebooks: int = 1, num_tokens: int = 4, **changes: Any
 ) -> VocabularyExtension:
     """An extension that belongs to no image tokenizer in particular."""
+    values = {"min_tokens": num_tokens, "fingerprint": "0" * 64, **changes}
     return VocabularyExtension(
-        codebook_size=codebook_size,
-        num_codebooks=num_codebooks,
-        num_tokens=num_tokens,
-        min_tokens=num_tokens,
-        fingerprint="0" * 64,
+        codebook_size=codebook_size, num_codebooks=num_codebooks, num_tokens=num_tokens, **values
     )
 
 

@@ -36,7 +36,8 @@ BREAKER = "\u200b"  # ZERO WIDTH SPACE: invisible, and no tokenizer's control st
 class VocabularyExtension:
     """The words that an image tokenizer adds to a text vocabulary.
 
-    The new ids, in order: start of image, end of image, codes of codebook 0, of codebook 1, ...
+    The new ids, in order: start of image, end of image, end of row where there is one, codes of
+    codebook 0, of codebook 1, ...
     """
 
     codebook_size: int
@@ -53,6 +54,9 @@ class VocabularyExtension:
     """``ImageTokenizer.fingerprint()`` of the tokenizer whose codes these are."""
     start_string: str = "<|image_start|>"
     end_string: str = "<|image_end|>"
+    row_length: int = 0
+    """Positions of a row, where an end-of-row word stands between rows; 0 for no such word."""
+    row_end_string: str = "<|image_row_end|>"
     code_format: str = ""
     """How a code is spelled. Default ``<|image_{code:05d}|>``, and with several codebooks
     ``<|image_{codebook}_{code:05d}|>``."""
@@ -72,17 +76,42 @@ class VocabularyExtension:
                 f"min_tokens={self.min_tokens}, num_tokens={self.num_tokens}; "
                 "expected 1 <= min_tokens <= num_tokens"
             )
+        whole_rows = self.row_length >= 0 and self.num_tokens % max(1, self.row_length) == 0
+        if not whole_rows or (self.row_length and self.min_tokens != self.num_tokens):
+            raise VocabularyError(
+                f"rows of {self.row_length} positions in pictures of {self.min_tokens} to "
+                f"{self.num_tokens}; expected a divisor of one fixed number, or 0 for no row ends"
+            )
 
     @classmethod
-    def from_image_tokenizer(cls, model: Any) -> "VocabularyExtension":
-        """The extension of an :class:`~tokenizer_hf.modeling_image_tokenizer.ImageTokenizer`."""
+    def from_image_tokenizer(cls, model: Any, row_ends: bool = False) -> "VocabularyExtension":
+        """The extension of an :class:`~tokenizer_hf.modeling_image_tokenizer.ImageTokenizer`.
+
+        Args:
+            model: the image tokenizer.
+            row_ends: put an end-of-row word between the rows of its grid of codes. A language model
+                counts positions along the sequence, where a row is a place and a column is only a
+                place modulo the width; behind an end of row, a column is a distance.
+
+        Raises:
+            VocabularyError: ``row_ends`` of codes that stand on no grid.
+
+        Source of the end of row: X. Wang et al., "Emu3: Next-Token Prediction is All You Need"
+        (2024), section 2.3; ours stands between rows only, not behind the last.
+        """
         config = model.config
+        if row_ends and config.grid is None:
+            raise VocabularyError(
+                f"row ends were asked for, but codes of the layout {config.token_layout!r} have no "
+                'rows; expected an image tokenizer of the layout "2d"'
+            )
         return cls(
             codebook_size=config.codebook_size,
             num_codebooks=config.num_codebooks,
             num_tokens=config.num_tokens,
             min_tokens=config.min_tokens,
             nested=config.is_nested,
+            row_length=config.grid[1] if row_ends else 0,
             fingerprint=model.fingerprint(),
         )
 
@@ -92,14 +121,15 @@ class VocabularyExtension:
         return self.num_codebooks * self.codebook_size
 
     @property
-    def max_span_codes(self) -> int:
-        """Most code ids between a start id and an end id: ``num_tokens * num_codebooks``."""
-        return self.num_tokens * self.num_codebooks
+    def num_controls(self) -> int:
+        """New words that are no codes: start, end and, where there is one, end of row."""
+        return 3 if self.row_length else 2
 
-    @property
-    def min_span_codes(self) -> int:
-        """Fewest code ids between a start id and an end id."""
-        return self.min_tokens * self.num_codebooks
+    def span_length(self, positions: int | None = None) -> int:
+        """Ids of a picture of so many positions (default: the most), start and end included."""
+        positions = self.num_tokens if positions is None else positions
+        row_ends = max(0, positions - 1) // self.row_length if self.row_length else 0
+        return positions * self.num_codebooks + row_ends + 2
 
     def code_strings(self) -> list[str]:
         """The spelling of every code, in id order."""
@@ -111,7 +141,12 @@ class VocabularyExtension:
 
     def strings(self) -> list[str]:
         """The spelling of every new word, in id order."""
-        return [self.start_string, self.end_string, *self.code_strings()]
+        return [*self.control_words(), *self.code_strings()]
+
+    def control_words(self) -> list[str]:
+        """The spelling of every new word that is no code, in id order."""
+        words = [self.start_string, self.end_string, self.row_end_string]
+        return words[: self.num_controls]
 
     def bind(self, first_id: int, pad_to: int = 64) -> "ImageVocabulary":
         """Give the new words the ids from ``first_id`` on.
@@ -124,13 +159,14 @@ class VocabularyExtension:
             raise VocabularyError(
                 f"the first image id is {first_id}; expected an id after the text ids"
             )
-        first_code = first_id + 2
+        first_code = first_id + self.num_controls
         vocab_size = first_code + self.num_codes
         own = {field.name: getattr(self, field.name) for field in fields(VocabularyExtension)}
         return ImageVocabulary(
             **own,
             start_token_id=first_id,
             end_token_id=first_id + 1,
+            row_end_token_id=first_id + 2 if self.row_length else None,
             offsets=tuple(first_code + g * self.codebook_size for g in range(self.num_codebooks)),
             vocab_size=vocab_size,
             rows=-(-vocab_size // pad_to) * pad_to,
@@ -201,6 +237,8 @@ class ImageVocabulary(VocabularyExtension):
     """Ids in use, text and image: every id is below it. Ids from here to ``rows`` are padding."""
     rows: int
     """Rows of the embedding matrix: ``vocab_size`` padded."""
+    row_end_token_id: int | None = None
+    """Where ``row_length`` is 0, None."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -215,7 +253,12 @@ class ImageVocabulary(VocabularyExtension):
                 f"{self.vocab_size} ids are in use and the embedding has {self.rows} rows; "
                 "expected ids < vocab_size <= rows"
             )
-        for name in ("start_token_id", "end_token_id"):
+        if (self.row_end_token_id is None) != (self.row_length == 0):
+            raise VocabularyError(
+                f"row_end_token_id is {self.row_end_token_id} and row_length {self.row_length}; "
+                "expected both or neither"
+            )
+        for name in ("start_token_id", "end_token_id", "row_end_token_id"):
             if getattr(self, name) in self.code_token_ids:
                 raise VocabularyError(f"{name} {getattr(self, name)} is also the id of a code")
 
@@ -232,7 +275,13 @@ class ImageVocabulary(VocabularyExtension):
     @property
     def new_token_ids(self) -> list[int]:
         """Every id that the extension added, ascending; the rows that training learns."""
-        return sorted({self.start_token_id, self.end_token_id, *self.code_token_ids})
+        return sorted({*self.control_token_ids, *self.code_token_ids})
+
+    @property
+    def control_token_ids(self) -> list[int]:
+        """Start, end and, where there is one, end of row."""
+        row_end = [] if self.row_end_token_id is None else [self.row_end_token_id]
+        return [self.start_token_id, self.end_token_id, *row_end]
 
     def to_token_ids(self, codes: Any) -> Any:
         """Map codes to token ids.
@@ -267,6 +316,8 @@ class ImageVocabulary(VocabularyExtension):
     def to_codes(self, token_ids: Any) -> Any:
         """Map token ids back to codes: the inverse of :meth:`to_token_ids`.
 
+        Ends of rows are left out, wherever they stand; :meth:`span` says where they belong.
+
         Args:
             token_ids: integers ``(..., L)`` or, with several codebooks, ``(..., L * G)``; no start
                 or end ids. A torch tensor, numpy array or (nested) list.
@@ -278,7 +329,7 @@ class ImageVocabulary(VocabularyExtension):
             VocabularyError: an id is not a code of the codebook that belongs at its position, or
                 the length is no multiple of G.
         """
-        array = _integers(token_ids, "token ids")
+        array = self._without_row_ends(_integers(token_ids, "token ids"))
         G = self.num_codebooks
         if G == 1:
             first, stop = self.ranges[0]
@@ -299,6 +350,15 @@ class ImageVocabulary(VocabularyExtension):
             )
         return _like(codes, token_ids)
 
+    def _without_row_ends(self, array: Any) -> Any:
+        row_end = array == self.row_end_token_id
+        if self.row_end_token_id is None or not bool(row_end.any()):
+            return array
+        counts = row_end.sum(-1)
+        if bool((counts != counts.max()).any()):
+            raise VocabularyError("pictures with different numbers of row ends; expected the same")
+        return array[~row_end].reshape(*array.shape[:-1], array.shape[-1] - int(counts.max()))
+
     def is_code(self, token_ids: Any) -> Any:
         """Which ids stand for codes: booleans of the same shape and kind of container."""
         array = _integers(token_ids, "token ids")
@@ -306,7 +366,7 @@ class ImageVocabulary(VocabularyExtension):
         return _like((array >= first) & (array < stop), token_ids)
 
     def span(self, codes: Any) -> list[int]:
-        """The ids of one picture: start id, codes, end id.
+        """The ids of one picture: start id, codes, row by row where rows have ends, end id.
 
         Args:
             codes: ``(L,)`` or ``(L, G)``, ``min_tokens <= L <= num_tokens``.
@@ -322,11 +382,12 @@ class ImageVocabulary(VocabularyExtension):
                 expected = f"{self.min_tokens} to {self.num_tokens}"
             raise CodeError(f"a picture of {length} codes; expected {expected}")
         ids = self.to_token_ids(codes)
-        return [
-            self.start_token_id,
-            *(ids if isinstance(ids, list) else ids.tolist()),
-            self.end_token_id,
-        ]
+        ids = ids if isinstance(ids, list) else ids.tolist()
+        if self.row_end_token_id is not None:
+            width = self.row_length * self.num_codebooks
+            rows = [[self.row_end_token_id, *ids[i : i + width]] for i in range(0, len(ids), width)]
+            ids = [token_id for row in rows for token_id in row][1:]
+        return [self.start_token_id, *ids, self.end_token_id]
 
 
 # --- containers -----------------------------------------------------------------------------------
@@ -385,8 +446,8 @@ def extend_tokenizer(
         mode: ``"added"`` makes every word an added special token: its spelling in a text becomes
             its id (so :func:`neutralise` what a user writes), and loading takes about 0.1 ms a
             word. ``"base"`` writes the codes into the BPE vocabulary without merges: no text can
-            reach them, and 64k codes load as fast as none. Start and end are added special tokens
-            in both.
+            reach them, and 64k codes load as fast as none. Start, end and end of row are added
+            special tokens in both.
 
     Returns:
         The extended tokenizer and the vocabulary bound to its ids.
@@ -438,7 +499,7 @@ def _add_words(tokenizer: Any, vocabulary: ImageVocabulary) -> None:
 
 
 def _write_words_into_bpe(tokenizer: Any, vocabulary: ImageVocabulary) -> None:
-    """Write the codes into ``model.vocab`` of the serialised backend; start and end are added too.
+    """Write the codes into ``model.vocab`` of the serialised backend; the others are added too.
 
     Loading numbers added tokens from the size of ``model.vocab``, unless ``model.vocab`` holds
     them; so that their ids stay, the tokens that were added before are written into it as well.
@@ -456,10 +517,8 @@ def _write_words_into_bpe(tokenizer: Any, vocabulary: ImageVocabulary) -> None:
         words.setdefault(token["content"], token["id"])
     words.update(zip(vocabulary.strings(), vocabulary.new_token_ids, strict=True))
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    for string, token_id in (
-        (vocabulary.start_string, vocabulary.start_token_id),
-        (vocabulary.end_string, vocabulary.end_token_id),
-    ):
+    controls = zip(vocabulary.control_words(), vocabulary.control_token_ids, strict=True)
+    for string, token_id in controls:
         spec["added_tokens"].append({"id": token_id, "content": string, "special": True, **flags})
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(spec))
     tokenizer._tokenizer.encode_special_tokens = tokenizer.split_special_tokens

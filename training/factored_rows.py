@@ -47,7 +47,7 @@ class CompactRows:
     """The head's rows without those that are only sums: what `training.factored_head` sums up.
 
     Attributes:
-        own_ids: int64 (P,): ids with a row of their own: text, start, end, common codes, padding.
+        own_ids: int64 (P,): ids with a row of their own: text, control ids, common codes, padding.
         factors: int64 (K, number of factors), as `share_rows` takes them.
         sizes: how many values each factor has.
         first_code: the id of code 0.
@@ -71,7 +71,7 @@ def share_rows(model: nn.Module, factors: np.ndarray, shares: np.ndarray) -> Com
     """Let the rows of an adapter share their factors' rows, in place.
 
     Args:
-        model: a PEFT model that trains the rows of start, end and all codes, in this order.
+        model: a PEFT model that trains the rows of the control ids and all codes, in this order.
         factors: int64 (K, number of factors): which shared rows each code sums up.
         shares: float (K,): how much of the training pictures each code fills, in [0, 1].
 
@@ -80,19 +80,21 @@ def share_rows(model: nn.Module, factors: np.ndarray, shares: np.ndarray) -> Com
     """
     columns = torch.from_numpy(factors)
     has_own = torch.from_numpy(shares > OWN_ROW_SHARE)
-    mask = torch.cat([torch.ones(2), has_own.float()]).unsqueeze(1)
     for layer in _layers(model):
         owner = layer.tied_adapter or layer
         if owner is layer:
             for own in layer.trainable_tokens_delta.values():
+                controls = len(own) - len(factors)
+                mask = torch.cat([torch.ones(controls), has_own.float()]).unsqueeze(1)
                 weights = torch.from_numpy(shares).float().to(own.device)
-                shared = _fit(own.detach()[2:], columns.to(own.device), weights, factors.max() + 1)
+                shared = _fit(own.detach()[controls:], columns.to(own.device), weights, factors.max() + 1)
                 layer.register_parameter(FACTOR_ROWS, nn.Parameter(shared))
                 with torch.no_grad():
-                    own -= _sums(shared, columns)
+                    own -= _sums(shared, columns, controls)
                     own *= mask.to(own.device)
                 own.register_hook(partial(_only_own, mask.to(own.device)))
         layer.factor_columns = columns
+        layer.num_controls = len(next(iter(owner.trainable_tokens_delta.values()))) - len(factors)
         layer.get_merged_weights = partial(_merged_weights, layer, owner)
     return _compact_head(model, factors, shares > OWN_ROW_SHARE)
 
@@ -104,13 +106,14 @@ def _compact_head(model: Any, factors: np.ndarray, has_own: np.ndarray) -> Compa
     if len(sizes) < 2 or np.prod(sizes) != len(factors) or head is None:
         return None
     [ids] = head.token_indices.values()
-    first = ids[2]
+    controls = len(ids) - len(factors)
+    first = ids[controls]
     num_rows = head.base_layer.weight.shape[0]
     is_sum = np.zeros(num_rows, dtype=bool)
     is_sum[first : first + len(factors)] = ~has_own
     own = np.flatnonzero(~is_sum)
     common = np.flatnonzero(has_own)
-    trained = np.concatenate([[0, 1], 2 + common])  # among the rows that the adapter has
+    trained = np.concatenate([np.arange(controls), controls + common])  # among the rows that the adapter has
     own_ids, places, kept, columns = map(
         torch.from_numpy,
         (own, np.searchsorted(own, np.asarray(ids)[trained]), trained, factors[common]),
@@ -125,7 +128,7 @@ def _compact_head(model: Any, factors: np.ndarray, has_own: np.ndarray) -> Compa
         weight = head.base_layer.weight[own_ids.to(shared.device)]
         for name in active_adapters:
             own = owner.trainable_tokens_delta[name][kept.to(shared.device)]
-            own = own + _sums(shared, columns)
+            own = own + _sums(shared, columns, controls)
             weight = weight.index_copy(0, places.to(shared.device), own.to(weight))
         return torch.cat([weight, shared.to(weight)])
 
@@ -184,7 +187,7 @@ def folded(model: nn.Module) -> Iterator[None]:
         for layer in _sharing(model):
             for own in layer.trainable_tokens_delta.values():
                 kept.append((own, own.clone()))
-                own += _sums(getattr(layer, FACTOR_ROWS), layer.factor_columns)
+                own += _sums(getattr(layer, FACTOR_ROWS), layer.factor_columns, layer.num_controls)
     try:
         yield
     finally:
@@ -227,10 +230,10 @@ def _parts(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def _sums(shared: Tensor, columns: Tensor) -> Tensor:
-    """(2 + K, D): zero for start and end, the sum of its factors' rows for each code."""
+def _sums(shared: Tensor, columns: Tensor, controls: int) -> Tensor:
+    """(controls + K, D): zero for control ids, the sum of its factors' rows for each code."""
     codes = nn.functional.embedding(columns.to(shared.device), shared).sum(1)
-    return nn.functional.pad(codes, (0, 0, 2, 0))
+    return nn.functional.pad(codes, (0, 0, controls, 0))
 
 
 def _only_own(mask: Tensor, gradient: Tensor) -> Tensor:
@@ -240,7 +243,7 @@ def _only_own(mask: Tensor, gradient: Tensor) -> Tensor:
 def _merged_weights(layer: Any, owner: Any, active_adapters: Any) -> Tensor:
     """PEFT's ``TrainableTokensLayer.get_merged_weights``, with the factors' rows added."""
     weight = layer.base_layer.weight
-    sums = _sums(getattr(owner, FACTOR_ROWS), layer.factor_columns)
+    sums = _sums(getattr(owner, FACTOR_ROWS), layer.factor_columns, layer.num_controls)
     for name in active_adapters:
         rows = layer.trainable_tokens_delta[name] + sums
         index = torch.tensor(layer.token_indices[name], device=weight.device)

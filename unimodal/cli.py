@@ -171,6 +171,10 @@ def export_vocabulary(
         Path | None,
         typer.Option(metavar="DIR", help="Where to write. Default: beside the image tokenizer."),
     ] = None,
+    row_ends: Annotated[
+        bool,
+        typer.Option("--row-ends", help="With an end-of-row word, as `unimodal merge --row-ends`."),
+    ] = False,
 ) -> None:
     """Write the words that an image tokenizer needs in a text vocabulary.
 
@@ -189,7 +193,7 @@ def export_vocabulary(
 
     if text_tokenizer is not None and out is None:
         raise ConfigurationError("--text-tokenizer without --out; give the folder to write")
-    for line in export(image_tokenizer, out, text_tokenizer, vocab_mode):
+    for line in export(image_tokenizer, out, text_tokenizer, vocab_mode, row_ends):
         typer.echo(line)
 
 
@@ -249,6 +253,14 @@ def merge(
         Path | None,
         typer.Option(metavar="DIR", help="A code cache with captions, for `--row-init meaning`."),
     ] = None,
+    row_ends: Annotated[
+        bool,
+        typer.Option(
+            "--row-ends",
+            help="Put an end-of-row word between the rows of a picture's codes, as Emu3 does: "
+            "models learn left and right from it. For codes on a grid.",
+        ),
+    ] = False,
     dtype: Annotated[
         str | None,
         typer.Option(help="`float32`, `bfloat16`, `float16`. Default: as the weights are."),
@@ -285,6 +297,7 @@ def merge(
         out,
         vocab_mode=vocab_mode,
         row_init=row_init,
+        row_ends=row_ends,
         pairs=pairs,
         dtype=dtype,
         pad_to=pad_to,
@@ -534,7 +547,7 @@ def draw(
     from unimodal.terminal import picture_escape, picture_path, save_png, terminal_protocol
 
     vocabulary = unimodal.processor.vocabulary
-    ids = (budget or vocabulary.num_tokens) * vocabulary.num_codebooks + 2
+    ids = vocabulary.span_length(budget)
     settings = {
         "guidance": guidance,
         "temperature": temperature,

@@ -57,6 +57,7 @@ def merge(
     vocab_mode: str = "added",
     row_init: str = "mean_cov",
     pairs: str | Path | None = None,
+    row_ends: bool = False,
     dtype: str | torch.dtype | None = None,
     pad_to: int = 64,
     seed: int = 0,
@@ -73,6 +74,8 @@ def merge(
         vocab_mode: ``"added"`` or ``"base"``, see :func:`extend_tokenizer`.
         row_init: how the new rows start, see :func:`new_rows`.
         pairs: a code cache folder, for ``row_init="meaning"``.
+        row_ends: an end-of-row word between the rows of codes, see
+            :meth:`VocabularyExtension.from_image_tokenizer`.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"`` for all weights; None keeps them.
         pad_to: the embedding's rows are padded to a multiple of this.
         seed: of the new rows.
@@ -107,7 +110,7 @@ def merge(
 
     config = _causal_config(base)
     model = ImageTokenizer.from_pretrained(picture_folder).eval()
-    extension = VocabularyExtension.from_image_tokenizer(model)
+    extension = VocabularyExtension.from_image_tokenizer(model, row_ends)
     text_tokenizer = _text_tokenizer(base)
     tokenizer, vocabulary = extend_tokenizer(text_tokenizer, extension, vocab_mode)
     vocabulary = _with_rows(vocabulary, config.vocab_size, pad_to)
@@ -156,6 +159,7 @@ def export_vocabulary(
     out: str | Path | None = None,
     text_tokenizer: str | Path | None = None,
     vocab_mode: str = "added",
+    row_ends: bool = False,
 ) -> list[str]:
     """Write the vocabulary extension of an image tokenizer, and a text tokenizer that has it.
 
@@ -165,6 +169,7 @@ def export_vocabulary(
         text_tokenizer: folder, hub id or SentencePiece ``.model`` to extend into ``out``, with
             ``image_vocabulary.json`` beside it.
         vocab_mode: as in :func:`merge`; a ``.model`` always gets CONTROL pieces.
+        row_ends: as in :func:`merge`.
 
     Returns:
         A line of text for each thing that was written.
@@ -177,8 +182,9 @@ def export_vocabulary(
     if out is None:
         require_not_shipped(source, "give the folder to write with --out")
     target = source if out is None else Path(out)
-    extension = VocabularyExtension.from_image_tokenizer(ImageTokenizer.from_pretrained(source))
-    written = [f"{extension.num_codes + 2} new words: {extension.save(target)}"]
+    model = ImageTokenizer.from_pretrained(source)
+    extension = VocabularyExtension.from_image_tokenizer(model, row_ends)
+    written = [f"{extension.num_codes + extension.num_controls} new words: {extension.save(target)}"]
     if text_tokenizer is None:
         return written
     if str(text_tokenizer).endswith(".model"):
@@ -435,6 +441,9 @@ def _card(llm: str | Path, image_tokenizer: str | Path, vocabulary: ImageVocabul
     tokens = f"{vocabulary.num_tokens}"
     if vocabulary.nested:
         tokens = f"{vocabulary.min_tokens} to {tokens}"
+    rows = ""
+    if vocabulary.row_length:
+        rows = f" in rows of {vocabulary.row_length} with `{vocabulary.row_end_string}` between them"
     first, last = vocabulary.code_token_ids.start, vocabulary.code_token_ids.stop - 1
     return f"""---
 library_name: transformers
@@ -449,7 +458,7 @@ A plain causal language model whose vocabulary also holds the codes of an image 
 `unimodal merge` from the language model `{Path(llm).name}` and the image tokenizer
 `{Path(image_tokenizer).name}`.
 
-- A picture is `{vocabulary.start_string}`, {tokens} codes, `{vocabulary.end_string}`.
+- A picture is `{vocabulary.start_string}`, {tokens} codes{rows}, `{vocabulary.end_string}`.
 - Ids {first} to {last} are the codes; ids from {vocabulary.vocab_size} to {vocabulary.rows - 1} are
   padding and never sampled by `unimodal`.
 - The image words are untrained until a recipe of `unimodal train` has taught them.

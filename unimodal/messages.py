@@ -468,6 +468,7 @@ def parse(
     """
     ids = [int(i) for i in (ids.tolist() if hasattr(ids, "tolist") else ids)]
     special = _special_ids(tokenizer, vocabulary)
+    controls = vocabulary.control_token_ids
     parts: list[TextPart | ImagePart] = []
     text_ids: list[int] = []
 
@@ -484,7 +485,8 @@ def parse(
             try:
                 stop = ids.index(vocabulary.end_token_id, index)
                 codes = vocabulary.to_codes(ids[index + 1 : stop])
-                vocabulary.span(codes)  # checks the number of codes
+                if vocabulary.span(codes) != ids[index : stop + 1]:  # checks the number too
+                    raise CodeError("its ends of rows are not where its rows end")
             except (ValueError, VocabularyError, CodeError) as error:
                 what = "is not closed" if type(error) is ValueError else f"cannot be read: {error}"
                 raise MessageError(
@@ -493,7 +495,7 @@ def parse(
                 ) from error
             parts.append(ImagePart(codes))
             index = stop
-        elif token_id == vocabulary.end_token_id or token_id in vocabulary.code_token_ids:
+        elif token_id in controls or token_id in vocabulary.code_token_ids:
             raise MessageError(
                 f"image id {token_id} at position {index} stands outside a picture; generate with "
                 "the image-span grammar"

@@ -293,7 +293,7 @@ class Unimodal:
         conversations = [messages] if single else list(messages)
         vocabulary = self.processor.vocabulary
         if max_new_tokens is None:
-            max_new_tokens = max(REPLY_TOKENS, 2 * vocabulary.max_span_codes)
+            max_new_tokens = max(REPLY_TOKENS, 2 * vocabulary.span_length())
         settings = SamplingSettings(
             text_temperature=temperature,
             text_top_k=top_k,

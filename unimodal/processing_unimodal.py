@@ -628,10 +628,8 @@ def _flat(images: Any) -> list[Any]:
 
 
 def _require_match(tokenizer: Any, vq_model: Any, vocabulary: ImageVocabulary) -> None:
-    for string, token_id in (
-        (vocabulary.start_string, vocabulary.start_token_id),
-        (vocabulary.end_string, vocabulary.end_token_id),
-    ):
+    controls = zip(vocabulary.control_words(), vocabulary.control_token_ids, strict=True)
+    for string, token_id in controls:
         found = tokenizer.convert_tokens_to_ids(string)
         if found != token_id:
             raise MismatchError(

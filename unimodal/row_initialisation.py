@@ -59,7 +59,7 @@ def new_rows(
     evidence: Any | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Rows for the start id, the end id and the codes, in id order, and for the padding after them.
+    """Rows for the control ids and the codes, in id order, and for the padding after them.
 
     Args:
         text_rows_VD: the rows of all text ids; any float dtype.
@@ -67,7 +67,7 @@ def new_rows(
         method: ``"mean_cov"``: N(mean, covariance of the text rows); ``"normal"``: N(0, their
             standard deviation); ``"codebook"``: the code vectors, randomly projected and coloured
             with that covariance; ``"meaning"``: the caption words of each code (``evidence``) plus
-            half of the codebook part. Start and end are always ``mean_cov`` (or ``normal``).
+            half of the codebook part. Control ids are always ``mean_cov`` (or ``normal``).
         code_vectors: (codebook_size, C), for ``"codebook"`` and ``"meaning"``.
         evidence: (K, V) sparse weights from :func:`caption_evidence`, for ``"meaning"``.
         seed: of every random number.
@@ -96,23 +96,24 @@ def new_rows(
     generator = torch.Generator().manual_seed(seed)
     text = TextRows(text_rows_VD, generator)
     V, D = text_rows_VD.shape
-    K = vocabulary.num_codes
-    noise = torch.randn(K + 2, D, generator=generator)
+    N = vocabulary.num_controls + vocabulary.num_codes
+    codes = slice(vocabulary.num_controls, N)
+    noise = torch.randn(N, D, generator=generator)
     rows = text.mean.expand(vocabulary.rows - V, D).clone()
     if method == "normal":
-        rows[: K + 2] = noise * text.std
+        rows[:N] = noise * text.std
         return rows
-    rows[: K + 2] += text.coloured(noise)
+    rows[:N] += text.coloured(noise)
     if code_vectors is None or method == "mean_cov":
         return rows
     from_codebook = text.coloured(_projected(code_vectors, vocabulary.num_codebooks, D, generator))
     if method == "codebook":
-        rows[2 : K + 2] = text.mean + from_codebook
+        rows[codes] = text.mean + from_codebook
         return rows
     from_words, known = _meaning(evidence, text_rows_VD, text.mean)
     scale = text.spread / from_codebook.norm(dim=1).mean().clamp_min(1e-12)
     deviation = from_words * text.spread + CODEBOOK_SHARE * scale * from_codebook
-    rows[2 : K + 2] = torch.where(known[:, None], text.mean + deviation, rows[2 : K + 2])
+    rows[codes] = torch.where(known[:, None], text.mean + deviation, rows[codes])
     return rows
 
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -118,7 +119,57 @@ def test_span_wraps_codes_and_checks_their_number():
     with pytest.raises(CodeError, match="3 codes; expected 4"):
         ONE.span([0, 1, 2])
     assert len(THREE.span([[0, 1, 2]] * 4)) == 14
-    assert THREE.max_span_codes == THREE.min_span_codes == 12
+    assert ONE.span_length() == 6 and THREE.span_length() == 14 and THREE.span_length(2) == 8
+
+
+@pytest.mark.parametrize("num_codebooks", [1, 3])
+def test_an_end_of_row_stands_between_rows(num_codebooks):
+    plain = toy_extension(codebook_size=16, num_codebooks=num_codebooks, num_tokens=6)
+    extension = replace(plain, row_length=2)
+    vocabulary = extension.bind(FIRST)
+    assert vocabulary.strings()[:3] == ["<|image_start|>", "<|image_end|>", "<|image_row_end|>"]
+    assert vocabulary.row_end_token_id == FIRST + 2 and vocabulary.code_token_ids[0] == FIRST + 3
+    assert vocabulary.new_token_ids == list(range(FIRST, vocabulary.vocab_size))
+    codes = np.arange(6 * num_codebooks).reshape(6, num_codebooks) % 16
+    codes = codes[:, 0] if num_codebooks == 1 else codes
+    span = vocabulary.span(codes)
+    width = 2 * num_codebooks
+    assert [i for i, token_id in enumerate(span) if token_id == FIRST + 2] == [
+        1 + width,
+        2 + 2 * width,
+    ]
+    assert len(span) == vocabulary.span_length() == 6 * num_codebooks + 4
+    assert vocabulary.span_length(2) == width + 2 and vocabulary.span_length(3) > width + 3
+    inner = span[1:-1]
+    for values in (inner, np.array(inner), torch.tensor(inner)):
+        found = vocabulary.to_codes(values)
+        assert type(found) is type(values) and np.array_equal(np.asarray(found), codes)
+    batch = vocabulary.to_codes(torch.tensor([inner, inner]))
+    assert np.array_equal(batch.numpy(), np.stack([codes, codes]))
+    assert not vocabulary.is_code(FIRST + 2)
+    assert ImageVocabulary.from_dict(vocabulary.to_dict()) == vocabulary
+    uneven = torch.tensor([inner, [*inner[:width], *inner[width + 1 :], inner[-1]]])
+    with pytest.raises(VocabularyError, match="different numbers of row ends"):
+        vocabulary.to_codes(uneven)
+
+
+def test_row_ends_that_cannot_be_are_refused():
+    for wrong in ({"row_length": 3}, {"row_length": -1}):
+        with pytest.raises(VocabularyError, match="rows of"):
+            replace(toy_extension(num_tokens=4), **wrong)
+    nested = toy_extension(num_tokens=4, min_tokens=2, nested=True)
+    with pytest.raises(VocabularyError, match="rows of 2 positions in pictures of 2 to 4"):
+        replace(nested, row_length=2)
+    for wrong in ({"row_end_token_id": None}, {"row_length": 0}, {"row_end_token_id": FIRST + 3}):
+        with pytest.raises(VocabularyError, match="row_end_token_id"):
+            replace(replace(toy_extension(), row_length=2).bind(FIRST), **wrong)
+
+
+def test_a_vocabulary_that_was_saved_before_there_were_row_ends_is_read():
+    values = ONE.to_dict()
+    for new in ("row_length", "row_end_string", "row_end_token_id"):
+        del values[new]
+    assert ImageVocabulary.from_dict(values) == ONE
 
 
 def test_new_token_ids_are_everything_between_text_and_padding():

@@ -20,6 +20,7 @@ def bound(
     min_tokens: int = 2,
     num_tokens: int = 2,
     text_ids: int = 5,
+    row_length: int = 0,
 ) -> ImageVocabulary:
     extension = VocabularyExtension(
         codebook_size=codebook_size,
@@ -27,6 +28,7 @@ def bound(
         num_tokens=num_tokens,
         min_tokens=min_tokens,
         nested=min_tokens < num_tokens,
+        row_length=row_length,
         fingerprint="0" * 64,
     )
     return extension.bind(text_ids, pad_to=16)
@@ -36,8 +38,14 @@ def bound(
 def grammars(draw: st.DrawFn) -> ImageSpanGrammar:
     least = draw(st.integers(1, 5))
     most = draw(st.integers(least, 7))
+    rows = [n for n in range(most + 1) if n == 0 or most % n == 0] if least == most else [0]
     vocabulary = bound(
-        draw(st.integers(1, 9)), draw(st.integers(1, 3)), least, most, draw(st.integers(1, 9))
+        draw(st.integers(1, 9)),
+        draw(st.integers(1, 3)),
+        least,
+        most,
+        draw(st.integers(1, 9)),
+        draw(st.sampled_from(rows)),
     )
     min_codes = draw(st.none() | st.integers(least, most)) if least < most else None
     max_codes = draw(st.none() | st.integers(min_codes or least, most)) if least < most else None
@@ -84,19 +92,25 @@ def test_any_walk_along_allowed_ids_is_well_formed(grammar, budget, random, eage
 
 @pytest.mark.parametrize("mode", ["auto", "image", "text"])
 @pytest.mark.parametrize("max_images", [None, 0, 1, 2])
-@pytest.mark.parametrize("books, least, most", [(1, 1, 1), (1, 1, 3), (2, 1, 2), (3, 1, 1)])
-def test_language_equals_a_regular_expression(mode, max_images, books, least, most):
+@pytest.mark.parametrize(
+    "books, least, most, row",
+    [(1, 1, 1, 0), (1, 1, 3, 0), (2, 1, 2, 0), (3, 1, 1, 0), (1, 2, 2, 1), (1, 2, 2, 2)],
+)
+def test_language_equals_a_regular_expression(mode, max_images, books, least, most, row):
     """Exactly the strings of n letters that the expression matches can be written in n steps."""
-    vocabulary = bound(2, books, least, most, text_ids=1)
+    vocabulary = bound(2, books, least, most, 1, row)
     grammar = ImageSpanGrammar(vocabulary, mode=mode, max_images=max_images)
     letters = {0: "t", vocabulary.start_token_id: "s", vocabulary.end_token_id: "e"}
     for book, (first, _) in enumerate(vocabulary.ranges):
         letters[first] = "abc"[book]
     position = "abc"[:books]
     span = f"s(?:{position}){{{least},{most}}}e"
+    if row:
+        letters[vocabulary.row_end_token_id] = "r"
+        span = f"s{'r'.join([position * row] * (most // row))}e"
     limit = "*" if max_images is None else f"{{0,{max_images}}}"
     for length in range(1, 7):
-        fits = length >= 2 + books * least
+        fits = length >= 2 + books * least + (least // row - 1 if row else 0)
         image = f"{span}t*" if fits else "t*"
         pattern = {"auto": f"(?:t*{span}){limit}t*", "image": image, "text": "t*"}[mode]
         written = set()
@@ -173,6 +187,21 @@ def test_find_spans(ids, found):
     for span, (_, _, problem) in zip(spans, found, strict=True):
         assert (span.problem is None) == (problem is None)
         assert problem is None or problem in span.problem
+
+
+def test_an_end_of_row_stands_between_rows_and_nowhere_else():
+    grammar = ImageSpanGrammar(bound(3, 1, 4, 4, 5, row_length=2))  # row end 7, codes 8-10
+    assert grammar.min_span_ids == grammar.max_span_ids == 7
+    middle = grammar.allowed(SpanState(2, 1), 5)
+    assert (middle.forced, middle.row_end, middle.image, middle.codes) == (7, True, True, False)
+    assert grammar.advance(SpanState(2, 1), 7) == SpanState(3, 1)
+    assert not grammar.advance(SpanState(2, 1), 8).inside
+    assert grammar.allowed(SpanState(), 9).ranges == ((0, 6),)  # no row end in text
+    assert grammar.check_span([5, 8, 9, 7, 10, 8, 6]) is None
+    assert "id 10 at position 2, expected 7 to 7" in grammar.check_span([5, 8, 9, 10, 7, 8, 6])
+    assert "2 code and row-end ids, expected 5 to 5" in grammar.check_span([5, 8, 9, 6])
+    [stray] = grammar.find_spans([1, 7, 1])
+    assert (stray.start, stray.stop) == (1, 2) and "without a start" in stray.problem
 
 
 def test_codes_of_the_wrong_codebook_are_malformed():

@@ -1,7 +1,7 @@
 """The image-span grammar: which ids may come next. One state machine for transformers and vLLM.
 
 A reply is text with image spans in it: ``<|image_start|>``, code ids, ``<|image_end|>``, then text
-again. The machine knows ids only; it imports neither torch nor transformers nor vLLM. Its two
+again; where the vocabulary has an end of row, one stands between the rows of codes. The machine knows ids only; it imports neither torch nor transformers nor vLLM. Its two
 moves are :meth:`ImageSpanGrammar.allowed` (what may come next) and :meth:`ImageSpanGrammar.advance`
 (what came). As long as only allowed ids are appended, no malformed image can be written.
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tokenizer_hf.vocabulary import ImageVocabulary
 
 Mode = Literal["auto", "image", "text"]
+_ROW_END = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class SpanState:
     """Where a row stands."""
 
     position: int = -1
-    """Code ids since ``<|image_start|>``; -1 in text."""
+    """Ids since ``<|image_start|>``, row ends too; -1 in text."""
 
     num_images: int = 0
     """Spans begun since the reply began (a span that the prompt left open counts)."""
@@ -61,10 +62,13 @@ class Allowed:
     codes: bool = False
     """``ranges`` holds the code ids of one codebook."""
 
+    row_end: bool = False
+    """``ranges`` holds the end-of-row id."""
+
     @property
     def image(self) -> bool:
         """True inside a span: image temperature, image top-k and guidance apply."""
-        return self.codes or self.end
+        return self.codes or self.end or self.row_end
 
     @cached_property
     def forced(self) -> int | None:
@@ -132,13 +136,12 @@ class ImageSpanGrammar:
     @property
     def min_span_ids(self) -> int:
         """Ids in the shortest legal span, start and end included."""
-        assert self.min_codes is not None
-        return self.min_codes * self._group + 2
+        return self.vocabulary.span_length(self.min_codes)
 
     @property
     def max_span_ids(self) -> int:
         """Ids in the longest legal span, start and end included."""
-        return self._most + 2
+        return self.vocabulary.span_length(self.max_codes)
 
     # --- the two moves ----------------------------------------------------------------------------
 
@@ -161,12 +164,14 @@ class ImageSpanGrammar:
                 return self._start
             may_start = fits and self.mode == "auto" and state.num_images < self._limit
             return self._text_or_start if may_start else self._text
-        codebook = position % self._group
+        if position >= self._most:
+            return self._end
+        codebook = self._slots[position]
+        if codebook == _ROW_END:
+            return self._row_end
         if codebook or position < self._least:
             return self._codes[codebook]
-        if position >= self._most or remaining <= self._group:
-            return self._end
-        return self._code_or_end
+        return self._end if remaining <= self._group else self._code_or_end
 
     def advance(self, state: SpanState, token_id: int) -> SpanState:
         """Take one id and return the state after it.
@@ -178,7 +183,7 @@ class ImageSpanGrammar:
             return SpanState(0, state.num_images + 1)
         if state.position < 0:
             return state
-        first, stop = self._ranges[state.position % self._group]
+        first, stop = self._slot_range(state.position)
         inside = first <= token_id < stop
         return SpanState(state.position + 1 if inside else -1, state.num_images)
 
@@ -202,13 +207,15 @@ class ImageSpanGrammar:
             return "image ids without a start"
         if ids[-1] != vocabulary.end_token_id:
             return "no end"
-        codes = ids[1:-1]
-        for position, token_id in enumerate(codes):
-            first, stop = self._ranges[position % self._group]
+        inner = ids[1:-1]
+        for position, token_id in enumerate(inner):
+            first, stop = self._slot_range(position)
             if not first <= token_id < stop:
                 return f"id {token_id} at position {position}, expected {first} to {stop - 1}"
-        if len(codes) % self._group or not self._least <= len(codes) <= self._most:
-            return f"{len(codes)} code ids, expected {self._least} to {self._most}"
+        odd = len(inner) % self._group and not vocabulary.row_length
+        if odd or not self._least <= len(inner) <= self._most:
+            what = "code and row-end ids" if vocabulary.row_length else "code ids"
+            return f"{len(inner)} {what}, expected {self._least} to {self._most}"
         return None
 
     def find_spans(self, ids: Sequence[int]) -> list[FoundSpan]:
@@ -229,7 +236,7 @@ class ImageSpanGrammar:
             begin = None
 
         for index, token_id in enumerate(ids):
-            image = token_id in (start, end) or any(
+            image = token_id in self._controls or any(
                 first <= token_id < stop for first, stop in self._ranges
             )
             if token_id == start or not image:
@@ -252,14 +259,31 @@ class ImageSpanGrammar:
         return len(self._ranges)
 
     @cached_property
+    def _controls(self) -> tuple[int, ...]:
+        return tuple(self.vocabulary.control_token_ids)
+
+    @cached_property
+    def _slots(self) -> tuple[int, ...]:
+        """What belongs at each position of the longest span: a codebook, or the end of a row."""
+        assert self.max_codes is not None
+        length, slots = self.vocabulary.row_length, []
+        for position in range(self.max_codes):
+            if length and position and position % length == 0:
+                slots.append(_ROW_END)
+            slots.extend(range(self._group))
+        return tuple(slots)
+
+    def _slot_range(self, position: int) -> tuple[int, int]:
+        slot = self._slots[position % len(self._slots)]
+        return self._row_end.ranges[0] if slot == _ROW_END else self._ranges[slot]
+
+    @cached_property
     def _least(self) -> int:
-        assert self.min_codes is not None
-        return self.min_codes * self._group
+        return self.min_span_ids - 2
 
     @cached_property
     def _most(self) -> int:
-        assert self.max_codes is not None
-        return self.max_codes * self._group
+        return self.max_span_ids - 2
 
     @cached_property
     def _limit(self) -> float:
@@ -284,6 +308,12 @@ class ImageSpanGrammar:
         return Allowed(((end, end + 1),), end=True)
 
     @cached_property
+    def _row_end(self) -> Allowed:
+        row_end = self.vocabulary.row_end_token_id
+        assert row_end is not None
+        return Allowed(((row_end, row_end + 1),), row_end=True)
+
+    @cached_property
     def _codes(self) -> tuple[Allowed, ...]:
         return tuple(Allowed((pair,), codes=True) for pair in self._ranges)
 
@@ -294,10 +324,9 @@ class ImageSpanGrammar:
 
     def _text_ranges(self, with_start: bool) -> tuple[tuple[int, int], ...]:
         """Return the complement of the image ids in [0, vocab_size)."""
-        start, end = self.vocabulary.start_token_id, self.vocabulary.end_token_id
-        holes = [*self._ranges, (end, end + 1)]
-        if not with_start:
-            holes.append((start, start + 1))
+        start = self.vocabulary.start_token_id
+        controls = [i for i in self._controls if i != start or not with_start]
+        holes = [*self._ranges, *((i, i + 1) for i in controls)]
         ranges, first = [], 0
         for hole_first, hole_stop in sorted(holes):
             if first < hole_first:

@@ -150,8 +150,9 @@ def _processor(
     """A processor in the middle of a batch of ``size`` rows, as vLLM's V1 runner would fill it."""
     config = SimpleNamespace(model_config=SimpleNamespace(model=folder, revision=None))
     processor = ImageLogitsProcessor(config, device)
-    codes = vocabulary.num_tokens * len(vocabulary.ranges) // 2
-    written = [vocabulary.ranges[index % len(vocabulary.ranges)][0] for index in range(codes)]
+    first = vocabulary.to_codes([first for first, _ in vocabulary.ranges])
+    span = vocabulary.span(first * vocabulary.num_tokens)
+    written = span[1 : len(span) // 2]
     added: list[tuple[int, SamplingParams, list[int], list[int]]] = []
     for row in range(size - size % len(kind)):
         role = {"c": CONDITIONAL, "u": UNCONDITIONAL}.get(kind[row % len(kind)])

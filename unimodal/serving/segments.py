@@ -366,10 +366,11 @@ class ImageSegments:
     def _reporter(self, on_codes: OnIds) -> OnIds:
         """Return what takes ids so far and passes codes on, once each time there are more."""
         reported = 0
+        controls = self.vocabulary.control_token_ids
 
         def report(ids: list[int]) -> None:
             nonlocal reported
-            codes = ids[:-1] if ids[-1:] == [self.vocabulary.end_token_id] else ids
+            codes = [token_id for token_id in ids if token_id not in controls]
             if len(codes) > reported:
                 reported = len(codes)
                 on_codes(codes)
