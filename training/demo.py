@@ -416,9 +416,7 @@ class _Walk:
         from unimodal.merge import export_vocabulary
 
         row_ends = self.recipe.merge.get("row_ends", False)
-        for line in export_vocabulary(
-            self.tokenizer, self.path("vocabulary"), row_ends=row_ends
-        ):
+        for line in export_vocabulary(self.tokenizer, self.path("vocabulary"), row_ends=row_ends):
             print(f"  {line}")
 
     def text_tokenizer(self) -> None:

@@ -87,7 +87,9 @@ def share_rows(model: nn.Module, factors: np.ndarray, shares: np.ndarray) -> Com
                 controls = len(own) - len(factors)
                 mask = torch.cat([torch.ones(controls), has_own.float()]).unsqueeze(1)
                 weights = torch.from_numpy(shares).float().to(own.device)
-                shared = _fit(own.detach()[controls:], columns.to(own.device), weights, factors.max() + 1)
+                shared = _fit(
+                    own.detach()[controls:], columns.to(own.device), weights, factors.max() + 1
+                )
                 layer.register_parameter(FACTOR_ROWS, nn.Parameter(shared))
                 with torch.no_grad():
                     own -= _sums(shared, columns, controls)
@@ -113,7 +115,9 @@ def _compact_head(model: Any, factors: np.ndarray, has_own: np.ndarray) -> Compa
     is_sum[first : first + len(factors)] = ~has_own
     own = np.flatnonzero(~is_sum)
     common = np.flatnonzero(has_own)
-    trained = np.concatenate([np.arange(controls), controls + common])  # among the rows that the adapter has
+    trained = np.concatenate(
+        [np.arange(controls), controls + common]
+    )  # among the rows that the adapter has
     own_ids, places, kept, columns = map(
         torch.from_numpy,
         (own, np.searchsorted(own, np.asarray(ids)[trained]), trained, factors[common]),

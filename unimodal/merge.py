@@ -184,7 +184,9 @@ def export_vocabulary(
     target = source if out is None else Path(out)
     model = ImageTokenizer.from_pretrained(source)
     extension = VocabularyExtension.from_image_tokenizer(model, row_ends)
-    written = [f"{extension.num_codes + extension.num_controls} new words: {extension.save(target)}"]
+    written = [
+        f"{extension.num_codes + extension.num_controls} new words: {extension.save(target)}"
+    ]
     if text_tokenizer is None:
         return written
     if str(text_tokenizer).endswith(".model"):
@@ -443,7 +445,9 @@ def _card(llm: str | Path, image_tokenizer: str | Path, vocabulary: ImageVocabul
         tokens = f"{vocabulary.min_tokens} to {tokens}"
     rows = ""
     if vocabulary.row_length:
-        rows = f" in rows of {vocabulary.row_length} with `{vocabulary.row_end_string}` between them"
+        rows = (
+            f" in rows of {vocabulary.row_length} with `{vocabulary.row_end_string}` between them"
+        )
     first, last = vocabulary.code_token_ids.start, vocabulary.code_token_ids.stop - 1
     return f"""---
 library_name: transformers

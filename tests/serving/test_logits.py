@@ -168,6 +168,20 @@ def test_an_image_row_draws_the_likeliest_code_of_its_codebook(tmp_path: Any) ->
     assert TWO_BOOKS.to_codes(output)
 
 
+def test_an_image_row_writes_the_ends_of_its_rows(tmp_path: Any) -> None:
+    vocabulary = toy_extension(codebook_size=8, num_tokens=4, row_length=2).bind(100)
+    processor = v1(tmp_path, vocabulary)
+    output: list[int] = []
+    processor.update_state(update(added=[(0, params(segment(temperature=1.0)), [], output)]))
+    for _ in range(6):
+        logits = torch.randn(2, vocabulary.rows)
+        processor.apply(logits)
+        output += drawn(logits[0])
+        assert vocabulary.row_end_token_id not in finite(logits[1])  # text
+    assert output[2] == vocabulary.row_end_token_id and output[5] == vocabulary.end_token_id
+    assert vocabulary.span(vocabulary.to_codes(output[:5]))[1:] == output
+
+
 def test_a_nested_span_may_end_between_its_lengths(tmp_path: Any) -> None:
     processor = v1(tmp_path, NESTED)
     end = NESTED.end_token_id

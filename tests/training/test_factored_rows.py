@@ -32,12 +32,13 @@ LEVELS = [4, 3]
 FACTORS = np.array([[code % 4, 4 + code // 4] for code in range(12)])
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
+@pytest.fixture(scope="module", params=["tied", "untied", "tied, row ends"])
 def parts(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    save_llm(folder / "llm", tied=request.param == "tied")
+    folder = tmp_path_factory.mktemp("parts")
+    save_llm(folder / "llm", tied=request.param != "untied")
     tiny_image_tokenizer(quantizer_type="fsq", fsq_levels=LEVELS).save_pretrained(folder / "it")
-    merge(folder / "llm", folder / "it", folder / "merged")
+    row_ends = request.param == "tied, row ends"
+    merge(folder / "llm", folder / "it", folder / "merged", row_ends=row_ends)
     return folder
 
 
@@ -73,8 +74,8 @@ def test_a_code_gets_its_own_row_and_the_sum_of_its_factors(parts: Path) -> None
     codes = slice(vocabulary.offsets[0], vocabulary.offsets[0] + 12)
     moved = (shared[0] - started[0])[FACTORS].sum(1)
     torch.testing.assert_close(embedding[codes], base[codes] + moved)
-    start = vocabulary.start_token_id
-    assert torch.equal(embedding[start : start + 2], base[start : start + 2])
+    controls = vocabulary.control_token_ids
+    assert torch.equal(embedding[controls], base[controls])
 
     with folded(model):
         saved = {name: p.clone() for name, p in get_peft_model_state_dict(model).items()}
@@ -105,8 +106,9 @@ def test_only_common_codes_have_a_deviation_of_their_own(parts: Path) -> None:
     model(input_ids=ids, labels=ids).loss.backward()
     for name, parameter in model.named_parameters():
         if "trainable_tokens_delta" in name:
-            assert not parameter.grad[2 + 5].any()
-            assert parameter.grad[2 + 4].any() and parameter.grad[:2].any()
+            controls = vocabulary.num_controls
+            assert not parameter.grad[controls + 5].any()
+            assert parameter.grad[controls + 4].any() and parameter.grad[:controls].any(1).all()
         elif name.endswith(FACTOR_ROWS):
             assert parameter.grad.any(1).all()
 
@@ -171,7 +173,7 @@ def test_the_factored_softmax_is_the_full_one(parts: Path) -> None:
         "directions": torch.tensor([DIRECTIONS.index("text")]),
         "lengths": torch.tensor([7]),
     }
-    text_ids = torch.arange(codes.start - 2)
+    text_ids = torch.arange(vocabulary.start_token_id)
     found = []
     for used in (head, None):
         trainer = UnimodalTrainer(

@@ -30,12 +30,16 @@ from tokenizer_hf.errors import (
     CheckpointError,
     ConfigurationError,
     DataError,
+    MessageError,
     MismatchError,
     VocabularyError,
 )
 from tokenizer_hf.modeling_image_tokenizer import ImageTokenizer
 from tokenizer_hf.vocabulary import VocabularyExtension
+from unimodal.generation.grammar import ImageSpanGrammar
+from unimodal.generation.sampling import generate
 from unimodal.merge import export_vocabulary, merge
+from unimodal.pipeline import Unimodal
 from unimodal.processing_unimodal import UnimodalProcessor
 from unimodal.row_initialisation import caption_evidence, new_rows
 from unimodal.weight_shards import read_header
@@ -137,6 +141,46 @@ def test_the_processor_of_the_folder_works(merged):
     again = ImageTokenizer.from_pretrained(merged / "merged" / "image_tokenizer")
     original = ImageTokenizer.from_pretrained(merged / "image_tokenizer")
     assert again.fingerprint() == original.fingerprint() == vocabulary.fingerprint
+
+
+@pytest.mark.parametrize("vocab_mode", ["added", "base"])
+def test_rows_of_codes_may_end(tmp_path, parts, vocab_mode):
+    model = merge(
+        parts / "llm",
+        parts / "image_tokenizer",
+        tmp_path / "merged",
+        vocab_mode=vocab_mode,
+        row_ends=True,
+        row_init="codebook",
+    )
+    unimodal = Unimodal.from_pretrained(model, device="cpu", dtype="float32")
+    processor, vocabulary = unimodal.processor, unimodal.processor.vocabulary
+    assert (vocabulary.row_length, vocabulary.num_tokens) == (2, 4)
+    row_end = AutoTokenizer.from_pretrained(model).convert_tokens_to_ids("<|image_row_end|>")
+    assert row_end == vocabulary.row_end_token_id == vocabulary.start_token_id + 2
+    ids = vocabulary.span([1, 2, 3, 4])
+    assert ids.index(row_end) == 3 and ids.count(row_end) == 1
+    assert processor.parse(ids)[0]["codes"] == [1, 2, 3, 4]
+    moved = [*ids[:2], row_end, ids[2], *ids[4:]]
+    for wrong in (
+        [i for i in ids if i != row_end],
+        moved,
+        [row_end],
+        [*ids[:4], row_end, *ids[4:]],
+    ):
+        with pytest.raises(MessageError, match="position 0"):
+            processor.parse(wrong)
+    [span] = generate(unimodal.model, processor, [[5, 6]], mode="image")
+    assert ImageSpanGrammar(vocabulary).check_span(span) is None and span[3] == row_end
+    [plain] = unimodal.draw("a red circle", seed=0)
+    assert plain.size == (16, 16)
+    said = f"a {vocabulary.row_end_string} here"
+    prompt = processor.render([{"role": "user", "content": said}])
+    assert row_end not in prompt.input_ids
+    assert "in rows of 2 with `<|image_row_end|>` between" in (model / "README.md").read_text()
+    with pytest.raises(VocabularyError, match="have no rows"):
+        nested_image_tokenizer().save_pretrained(tmp_path / "nested")
+        merge(parts / "llm", tmp_path / "nested", tmp_path / "out", row_ends=True)
 
 
 def test_a_large_base_embedding_is_never_cut(tmp_path, parts):
@@ -658,10 +702,11 @@ def test_merge_as_a_command(parts, tmp_path):
     result = command(
         *("merge", "--llm", parts / "llm", "--image-tokenizer", parts / "image_tokenizer"),
         *("--out", tmp_path / "out", "--vocab-mode", "base", "--row-init", "codebook"),
-        *("--draw-instruction", "Paint {prompt}."),
+        *("--draw-instruction", "Paint {prompt}.", "--row-ends"),
     )
     assert result.exit_code == 0, result.output
     processor = UnimodalProcessor.from_pretrained(tmp_path / "out")
+    assert processor.vocabulary.row_length == 2
     assert processor.draw_messages("a star")[0]["content"] == "Paint a star."
     result = command("merge", "--llm", "nowhere", "--image-tokenizer", "x", "--out", tmp_path / "o")
     assert isinstance(result.exception, CheckpointError)
@@ -688,6 +733,8 @@ def test_the_vocabulary_is_exported_alone_and_with_a_text_tokenizer(parts, tmp_p
     assert isinstance(without_out.exception, ConfigurationError)
 
     (tmp_path / "a.model").write_bytes(sentencepiece_model())
+    rows = command("export-vocabulary", parts / "image_tokenizer", "--row-ends", "--out", out)
+    assert "19 new words" in rows.output and VocabularyExtension.load(out).row_length == 2
     lines = export_vocabulary(pictures, tmp_path / "sp", tmp_path / "a.model")
     assert len(lines) == 2 and (tmp_path / "sp" / "tokenizer.model").is_file()
 
