@@ -1,9 +1,10 @@
 """The image-span grammar: which ids may come next. One state machine for transformers and vLLM.
 
 A reply is text with image spans in it: ``<|image_start|>``, code ids, ``<|image_end|>``, then text
-again; where the vocabulary has an end of row, one stands between the rows of codes. The machine knows ids only; it imports neither torch nor transformers nor vLLM. Its two
-moves are :meth:`ImageSpanGrammar.allowed` (what may come next) and :meth:`ImageSpanGrammar.advance`
-(what came). As long as only allowed ids are appended, no malformed image can be written.
+again; where the vocabulary has an end of row, one stands between the rows of codes. The machine
+knows ids only; it imports neither torch nor transformers nor vLLM. Its two moves are
+:meth:`ImageSpanGrammar.allowed` (what may come next) and :meth:`ImageSpanGrammar.advance` (what
+came). As long as only allowed ids are appended, no malformed image can be written.
 
 Lengths are counted in codes as ``ImageTokenizer.num_tokens`` counts them (positions). With G
 codebooks one position is G ids, codebook 0 first.
