@@ -1,12 +1,14 @@
 """Measure a merged and trained model: reconstruction, drawing, captions, answers, text, spans.
 
 Writes `report.json` (schema: docs/report_schema.md) and beside it `samples.json`, the pictures and
-texts that `unimodal report` shows.
+texts that `unimodal report` shows. Drawing takes nearly all of the time, so drawings are kept in
+`drawings.part.jsonl` until the end: start a killed evaluation again, and it goes on behind them.
 """
 
 import base64
 import io
 import json
+import logging
 import random
 import resource
 import sys
@@ -24,6 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from eval.environment import environment
 from eval.reconstruction import agreements, psnr, score_reconstruction
+from eval.resume import FinishedDrawings
 from eval.retrieval import score_by_both
 from eval.scores import (
     Score,
@@ -47,8 +50,11 @@ from unimodal.generation.grammar import ImageSpanGrammar
 from unimodal.pipeline import Unimodal
 from unimodal.shipped import resolve
 
+logger = logging.getLogger(__name__)
+
 SCHEMA_VERSION = 1
 SAMPLES = "samples.json"
+UNFINISHED = "drawings.part.jsonl"
 _CHUNK = 64
 _ANSWER_TOKENS = 16
 _DIALOGUE_QUESTIONS = 2
@@ -100,6 +106,7 @@ class _Run:
     model: Unimodal
     settings: EvaluationSettings
     progress: bool
+    finished: FinishedDrawings
     seconds: dict[str, float] = field(default_factory=dict)
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     spans: dict[str, int] = field(default_factory=lambda: {"generated": 0, "malformed": 0})
@@ -132,8 +139,10 @@ def evaluate(
         world: a folder that `unimodal shapes` wrote, of which the validation split is used; or
             held-out pictures of any other kind, for which retrieval stands in the place of the
             parser's verdicts (eval/retrieval.py).
-        out: the JSON file; `samples.json` is written beside it. Sections of an older report there
-            that this run does not measure (`vllm`, `seconds` of other stages) are kept.
+        out: the JSON file; `samples.json` is written beside it. Where a model folder was given and
+            an evaluation of the same was killed, its drawings are there and are taken. Sections of
+            an older report there that this run does not measure (`vllm`, `seconds` of other
+            stages) are kept.
         text_files: JSONL of held-out text or text-only chats; default the world's.
         train_pictures: what the model was trained on, beside held-out pictures without a world:
             the classifier of the retrieval scores learns from them. None: no such classifier.
@@ -168,10 +177,15 @@ def evaluate(
         pictures = list(world)[: settings.pictures]
     if not pictures:
         raise DataError("no held-out picture came; expected at least one")
+    unfinished: Path | None = None
     if not isinstance(model, Unimodal):
+        unfinished = out.parent / UNFINISHED  # a loaded model may have been changed in memory
         model = Unimodal.from_pretrained(model, device=device)
     settings = _resolved(settings, model.processor.draw_settings)
-    run = _Run(model, settings, progress)
+    finished = FinishedDrawings(unfinished, {"model": _identity(model), **asdict(settings)})
+    if finished.count:
+        logger.info("goes on behind %d drawings of a killed evaluation", finished.count)
+    run = _Run(model, settings, progress, finished)
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "model": name,
@@ -191,7 +205,22 @@ def evaluate(
     report["environment"] = environment(str(model.model.device))
     with atomic_write(out.parent / SAMPLES) as temporary:
         temporary.write_text(json.dumps(run.samples) + "\n", encoding="utf-8")
-    return update_report(out, report)
+    whole = update_report(out, report)
+    finished.remove()
+    return whole
+
+
+def _identity(model: Unimodal) -> list[Any]:
+    """What tells a model from another at the same place: its weight files, device and format."""
+    folder = Path(model.model.name_or_path)
+    files = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))]
+    return [
+        str(folder),
+        getattr(model.model.config, "_commit_hash", None),
+        [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files],
+        str(model.model.device),
+        str(model.model.dtype),
+    ]
 
 
 def _resolved(settings: EvaluationSettings, own: dict[str, Any]) -> EvaluationSettings:
@@ -448,8 +477,8 @@ def _questions_about(picture: Image.Image, rng: random.Random) -> list[tuple[str
     return questions(scene, rng, _DIALOGUE_QUESTIONS)
 
 
-def _note(ids: list[list[int]], first: int, row: int, token_id: int) -> None:
-    ids[first + row].append(token_id)
+def _note(ids: list[list[int]], row: int, token_id: int) -> None:
+    ids[row].append(token_id)
 
 
 def _draw(run: _Run, name: str, plan: Sequence[Prompt]) -> tuple[list[Image.Image], list[bool]]:
@@ -457,25 +486,28 @@ def _draw(run: _Run, name: str, plan: Sequence[Prompt]) -> tuple[list[Image.Imag
     settings, model = run.settings, run.model
     drawn: list[Image.Image] = []
     each = settings.candidates or 1
-    ids: list[list[int]] = [[] for _ in range(len(plan) * each)]
+    grammar = ImageSpanGrammar(model.processor.vocabulary)
     with run.stage(name, len(plan)) as advance:
         for chunk in _chunks(plan):
-            first = len(drawn)
-            drawn += model.draw(
-                [prompt.text for prompt in chunk],
-                seed=settings.seed + first,
-                guidance=settings.guidance,
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                candidates=each,
-                on_token=partial(_note, ids, first * each),
-            )
+            first, texts = len(drawn), [prompt.text for prompt in chunk]
+            done = run.finished.find(name, first, texts)
+            if done is None:
+                ids: list[list[int]] = [[] for _ in range(len(chunk) * each)]
+                pictures = model.draw(
+                    texts,
+                    seed=settings.seed + first,
+                    guidance=settings.guidance,
+                    temperature=settings.temperature,
+                    top_k=settings.top_k,
+                    candidates=each,
+                    on_token=partial(_note, ids),
+                )
+                done = pictures, _count_spans(grammar, ids)
+                run.finished.add(name, first, texts, *done)
+            drawn += done[0]
+            for what, count in done[1].items():
+                run.spans[what] += count
             advance(len(chunk))
-    grammar = ImageSpanGrammar(model.processor.vocabulary)
-    for row in ids:
-        found = grammar.find_spans(row)
-        run.spans["generated"] += len(found)
-        run.spans["malformed"] += sum(span.problem is not None for span in found)
     known = any(prompt.requirement.objects for prompt in plan)
     verdicts = judge_drawings(drawn, plan) if known else [False] * len(plan)
     rows = [
@@ -493,6 +525,12 @@ def _draw(run: _Run, name: str, plan: Sequence[Prompt]) -> tuple[list[Image.Imag
         row for kind in kinds for row in _some([r for r in rows if r["category"] == kind])
     ]
     return drawn, verdicts
+
+
+def _count_spans(grammar: ImageSpanGrammar, ids: list[list[int]]) -> dict[str, int]:
+    found = [span for row in ids for span in grammar.find_spans(row)]
+    malformed = sum(span.problem is not None for span in found)
+    return {"generated": len(found), "malformed": malformed}
 
 
 def _retrieval(

@@ -97,7 +97,8 @@ class VocabularyExtension:
             VocabularyError: ``row_ends`` of codes that stand on no grid.
 
         Source of the end of row: X. Wang et al., "Emu3: Next-Token Prediction is All You Need"
-        (2024), section 2.3; ours stands between rows only, not behind the last.
+        (2024), [EOL] in the format of its pre-training data; ours stands between rows only, not
+        behind the last.
         """
         config = model.config
         if row_ends and config.grid is None:

@@ -28,7 +28,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 class _Notes(logging.Handler):
-    """Shows what trainings say of themselves: what they go on from, which examples they mix."""
+    """Shows what trainings and evaluations say of themselves, such as what they go on from."""
 
     def emit(self, record: logging.LogRecord) -> None:
         typer.echo(record.getMessage(), err=True)
@@ -41,9 +41,10 @@ _NOTES = _Notes()
 def _options(debug: Debug = False) -> None:
     if debug:
         os.environ["UNIMODAL_DEBUG"] = "1"
-    notes = logging.getLogger("training")
-    notes.setLevel(logging.INFO)
-    notes.addHandler(_NOTES)
+    for package in ("training", "eval"):
+        notes = logging.getLogger(package)
+        notes.setLevel(logging.INFO)
+        notes.addHandler(_NOTES)
 
 
 # --- image tokenizer ------------------------------------------------------------------------------
@@ -1053,7 +1054,7 @@ def evaluate(
     Every score comes with the number of things it was measured on and a 95 % interval. Drawings are
     judged from their pixels by an exact parser where they come from a world, else by which of 20
     captions fits them best. docs/report_schema.md describes the JSON; `unimodal report` makes a
-    page of it.
+    page of it. An evaluation that was killed goes on behind the drawings that it had finished.
 
     **Example:** `unimodal evaluate --model runs/demo/model --base-llm shipped:text_model
     --world runs/demo/world --out runs/demo/report.json`

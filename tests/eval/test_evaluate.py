@@ -13,12 +13,14 @@ from PIL import Image
 from eval.curves import draw_curves, find_curves, read_log
 from eval.evaluate import Captioned, EvaluationSettings, data_uri, evaluate, update_report
 from eval.report import number, percent, write_report
+from eval.resume import FinishedDrawings
 from eval.shapes.render import render
 from eval.shapes.scene import CATEGORIES, sample_scene
 from eval.shapes.world import write_world
 from tests.toy import toy_merged_folder
 from tokenizer_hf.errors import CheckpointError, ConfigurationError, DataError
 from unimodal.cli import main
+from unimodal.pipeline import Unimodal
 
 SMALL = EvaluationSettings(n=2, pictures=6, texts=8, dialogues=3)
 
@@ -123,6 +125,55 @@ class _Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text.append(data)
+
+
+def test_a_killed_evaluation_goes_on_behind_its_drawings(
+    report: dict[str, Any], parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while it draws the second half; the file's last line is torn as well."""
+    out = tmp_path / "report.json"
+    arguments = (parts / "merged", parts / "llm", parts / "world", out)
+    monkeypatch.setattr("eval.evaluate._CHUNK", 7)
+    drawn: list[int] = []
+    draw = Unimodal.draw
+
+    def counted(self: Unimodal, texts: Any, **options: Any) -> Any:
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        drawn.append(len(texts))
+        return draw(self, texts, **options)
+
+    with monkeypatch.context() as killed:
+        killed.setattr(Unimodal, "draw", counted)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(*arguments, settings=SMALL, progress=False)
+    part = tmp_path / "drawings.part.jsonl"
+    assert drawn == [7, 7, 7] and len(part.read_text().splitlines()) == 4 and not out.exists()
+    part.write_text(part.read_text()[:-9])
+
+    again: list[int] = []
+    with monkeypatch.context() as counting:
+        counting.setattr(
+            Unimodal, "draw", lambda self, t, **o: again.append(len(t)) or draw(self, t, **o)
+        )
+        found = evaluate(*arguments, settings=SMALL, progress=False)
+    assert again == [7, 7] and not part.exists()  # the torn chunk and the one that was killed
+    for section in ("draw", "draw_held_out", "spans"):
+        assert found[section] == report[section]
+    samples = [json.loads((f / "samples.json").read_text()) for f in (parts / "run", tmp_path)]
+    assert samples[0]["drawings_held_out"] == samples[1]["drawings_held_out"]
+
+
+def test_drawings_of_another_model_or_prompt_are_not_taken(tmp_path: Path) -> None:
+    file, picture = tmp_path / "part.jsonl", Image.new("RGB", (4, 4), "red")
+    first = FinishedDrawings(file, {"seed": 1})
+    first.add("drawings", 0, ["a star"], [picture], {"generated": 1})
+    same = FinishedDrawings(file, {"seed": 1})
+    assert same.count == 1 and same.find("drawings", 0, ["a ring"]) is None
+    found = same.find("drawings", 0, ["a star"])
+    assert found is not None and found[0][0].tobytes() == picture.tobytes()
+    assert FinishedDrawings(file, {"seed": 2}).count == 0
+    assert FinishedDrawings(file, {"seed": 1}).count == 0  # begun anew by the line before
 
 
 def test_report_pages(report: dict[str, Any], parts: Path) -> None:
