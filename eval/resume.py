@@ -33,14 +33,14 @@ class FinishedDrawings:
         self.count = 0
         if file is None:
             return
-        header, *chunks = _read(file) or [None]
-        if header == json.loads(json.dumps(made_by)):
-            self._chunks = {(chunk["name"], chunk["first"]): chunk for chunk in chunks}
-            self.count = sum(len(chunk["pictures"]) for chunk in chunks)
+        lines = _read(file)
+        if lines[:1] == [json.loads(json.dumps(made_by))]:
+            self._chunks = {(chunk["name"], chunk["first"]): chunk for chunk in lines[1:]}
+            self.count = sum(len(chunk["pictures"]) for chunk in lines[1:])
         # Written again even so: the last line of a killed run may have been torn.
         with atomic_write(file) as temporary:
-            lines = [made_by, *self._chunks.values()]
-            temporary.write_text("".join(map(_line, lines)), encoding="utf-8")
+            whole = map(_line, [made_by, *self._chunks.values()])
+            temporary.write_text("".join(whole), encoding="utf-8")
 
     def find(
         self, name: str, first: int, prompts: Sequence[str]

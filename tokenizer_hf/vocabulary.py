@@ -352,8 +352,10 @@ class ImageVocabulary(VocabularyExtension):
         return _like(codes, token_ids)
 
     def _without_row_ends(self, array: Any) -> Any:
+        if self.row_end_token_id is None:
+            return array
         row_end = array == self.row_end_token_id
-        if self.row_end_token_id is None or not bool(row_end.any()):
+        if not bool(row_end.any()):
             return array
         counts = row_end.sum(-1)
         if bool((counts != counts.max()).any()):

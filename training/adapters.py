@@ -253,7 +253,7 @@ def _require_same_vocabulary(adapter: Path, base: Path, vocabulary: ImageVocabul
                 base,
             )
         trained = run.get("image_vocabulary")
-        if trained is not None and trained != json.loads(json.dumps(vocabulary.to_dict())):
+        if trained is not None and ImageVocabulary.from_dict(trained) != vocabulary:
             raise MismatchError(
                 f"the adapter {adapter} was trained with the image tokenizer "
                 f"{trained.get('fingerprint', '?')[:16]}, but the base {base} holds "
