@@ -36,7 +36,8 @@ RELATION_PHRASES = {
 }
 LIST_OPENINGS = ("", "", "", "a picture of ", "an image with ", "there is ")
 _NAMED_SHARE = 0.8
-_RELATED_SHARE = 0.5
+RELATED_SHARE = 0.5
+"""How often a caption states a relation where one can be."""
 _RELATED_SHARE_OF_PROMPTS = 0.8
 
 Style = Literal["named", "brief"]
@@ -46,7 +47,7 @@ def captions(
     scene: Scene,
     rng: random.Random,
     style: Style | None = None,
-    related_share: float = _RELATED_SHARE,
+    related_share: float = RELATED_SHARE,
 ) -> str:
     """One true caption, for example "two small blue circles and a green ring on tan".
 
@@ -69,7 +70,7 @@ def caption_with_requirement(
     scene: Scene,
     rng: random.Random,
     style: Style | None = None,
-    related_share: float = _RELATED_SHARE,
+    related_share: float = RELATED_SHARE,
 ) -> tuple[str, Requirement]:
     """As `captions`, together with what the caption demands; objects in order of mention."""
     if style is None:
@@ -182,6 +183,12 @@ def questions(
         if len(found) < n and (pair := _question(kind, scene, rng, every_pair)):
             found.append(pair)
     return found
+
+
+def relation_questions(scene: Scene, rng: random.Random, n: int) -> list[tuple[str, str]]:
+    """Draw up to `n` different questions about how the objects lie, with their answers."""
+    found = (_relation_question(scene.objects, rng) for _ in range(2 * n))
+    return list(dict.fromkeys(pair for pair in found if pair))[:n]
 
 
 _QUESTION_KINDS = (

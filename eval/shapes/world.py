@@ -14,10 +14,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from eval.shapes.captions import (
+    RELATED_SHARE,
     captions,
     picture_text,
     prompt_words,
     questions,
+    relation_questions,
     world_text_messages,
 )
 from eval.shapes.render import render
@@ -27,6 +29,7 @@ from tokenizer_hf.files import atomic_folder
 
 MANIFEST = "world.json"
 _ROWS_PER_SHARD = 5000
+_RELATED_SHARE_OF_FREE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,9 @@ def write_world(
         chat/{train,validation}.jsonl      {"messages": […], "kind": …}: `world_text_messages`
 
     The captions of a row all name colour and shape of every object, but for the last, which is
-    brief (shapes only); its prompts, which training draws from, are brief as often as not. No
+    brief (shapes only); its prompts, which training draws from, are brief as often as not. At level
+    `free`, where left and right are what is hardest to learn, captions state relations oftener and
+    two more questions are about them; evaluation asks the first question of a picture only. No
     picture, nor what is said of one, has a HELD_OUT pair. The text lines and chats are about scenes
     of their own and speak of all pairs, as a text LLM has read of everything: a text model that has
     never read of a cyan star takes it for impossible, and carries that into its drawings.
@@ -129,7 +134,9 @@ def write_world(
                 seen.update(held)
                 scenes = iter(held)
             pictures = ((scene, render(scene, picture_size)) for scene in scenes)
-            _write_pictures(draft / split, pictures, captions_per_picture, f"{seed}-{split}", bar)
+            _write_pictures(
+                draft / split, pictures, captions_per_picture, f"{seed}-{split}", level, bar
+            )
             for kind, row in (("text", _text_row), ("chat", _chat_row)):
                 path = draft / kind / f"{split}.jsonl"
                 path.parent.mkdir(exist_ok=True)
@@ -201,20 +208,24 @@ def _write_pictures(
     pictures: Iterator[tuple[Scene, Image.Image]],
     captions_per_picture: int,
     seed: str,
+    level: Level,
     bar: Any,
 ) -> None:
     folder.mkdir()
     schema, rng = _schema(), random.Random(f"{seed}-words")
+    free = level == "free"
+    related = _RELATED_SHARE_OF_FREE if free else RELATED_SHARE
     rows: list[dict[str, Any]] = []
     shard = 0
     for scene, picture in pictures:
         buffer = io.BytesIO()
         picture.save(buffer, "PNG", compress_level=1)
         name = f"{seed}-{shard * _ROWS_PER_SHARD + len(rows):06d}.png"
-        texts = [captions(scene, rng, "named") for _ in range(captions_per_picture - 1)]
-        texts.append(captions(scene, rng, "brief"))
+        texts = [captions(scene, rng, "named", related) for _ in range(captions_per_picture - 1)]
+        texts.append(captions(scene, rng, "brief", related))
         wanted = [prompt_words(scene, rng) for _ in texts]
-        pairs = [{"question": q, "answer": a} for q, a in questions(scene, rng)]
+        asked = questions(scene, rng) + (relation_questions(scene, rng, 2) if free else [])
+        pairs = [{"question": q, "answer": a} for q, a in asked]
         rows.append(
             {
                 "image": {"bytes": buffer.getvalue(), "path": name},

@@ -5,6 +5,7 @@ import random
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,13 +28,16 @@ from eval.shapes.scene import (
     CELL,
     COLOURS,
     HELD_OUT,
+    RELATIONS,
     SHAPES,
     Level,
     Object,
     Scene,
     board_cells,
     sample_scene,
+    stated_relations,
 )
+from eval.shapes.world import read_world, write_world
 from tokenizer_hf.errors import ConfigurationError, DataError
 
 
@@ -293,6 +297,25 @@ def test_board_text() -> None:
     assert len({board_text(s) for s in scenes}) == len(scenes)  # nothing is lost
     with pytest.raises(DataError, match="board"):
         board_text(_scenes(1, 14, level="free")[0])
+
+
+def test_at_level_free_more_is_said_of_how_things_lie(tmp_path: Path) -> None:
+    for level, least, most in (("board", 0.2, 0.6), ("free", 0.65, 0.95)):
+        world = write_world(tmp_path / level, 150, level=level, validation=2, progress=False)
+        stated = asked = extra = count = 0
+        for _, texts, pairs, scene in read_world(world, "train"):
+            if len({(o.shape, o.colour) for o in scene.objects}) < 2:
+                continue
+            if not stated_relations(scene.objects):
+                continue
+            count += 1
+            stated += sum(any(f" {r} " in f" {t} " for r in RELATIONS) for t in texts[:-1]) / 3
+            asked += any(f" {r} " in question for r in RELATIONS for question, _ in pairs[:3])
+            extra += len(pairs) - 3
+            assert len(set(pairs)) >= len(pairs) - 2
+        assert count > 30 and least < stated / count < most
+        assert 0.1 < asked / count < 0.7
+        assert extra == 0 if level == "board" else extra > 1.5 * count
 
 
 def test_grid_text() -> None:
