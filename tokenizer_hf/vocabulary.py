@@ -55,7 +55,9 @@ class VocabularyExtension:
     start_string: str = "<|image_start|>"
     end_string: str = "<|image_end|>"
     row_length: int = 0
-    """Positions of a row, where an end-of-row word stands between rows; 0 for no such word."""
+    """Positions of a row, where rows have ends; else 0."""
+    row_ends: int = 0
+    """How often the end-of-row word stands between two rows; 0 for never."""
     row_end_string: str = "<|image_row_end|>"
     code_format: str = ""
     """How a code is spelled. Default ``<|image_{code:05d}|>``, and with several codebooks
@@ -82,23 +84,29 @@ class VocabularyExtension:
                 f"rows of {self.row_length} positions in pictures of {self.min_tokens} to "
                 f"{self.num_tokens}; expected a divisor of one fixed number, or 0 for no row ends"
             )
+        if self.row_ends < 0 or (self.row_ends == 0) != (self.row_length == 0):
+            raise VocabularyError(
+                f"row_ends is {self.row_ends} and row_length {self.row_length}; expected both above "
+                "0, or both 0"
+            )
 
     @classmethod
-    def from_image_tokenizer(cls, model: Any, row_ends: bool = False) -> "VocabularyExtension":
+    def from_image_tokenizer(cls, model: Any, row_ends: int = 0) -> "VocabularyExtension":
         """The extension of an :class:`~tokenizer_hf.modeling_image_tokenizer.ImageTokenizer`.
 
         Args:
             model: the image tokenizer.
-            row_ends: put an end-of-row word between the rows of its grid of codes. A language model
-                counts positions along the sequence, where a row is a place and a column is only a
-                place modulo the width; behind an end of row, a column is a distance.
+            row_ends: how many end-of-row words stand between the rows of its grid of codes. A
+                language model counts positions along the sequence, where a row is a place and a
+                column only a place modulo the width; behind an end of row, a column is a distance.
+                How many: see ``unimodal.row_ends.fit_row_ends``.
 
         Raises:
             VocabularyError: ``row_ends`` of codes that stand on no grid.
 
         Source of the end of row: X. Wang et al., "Emu3: Next-Token Prediction is All You Need"
-        (2024), [EOL] in the format of its pre-training data; ours stands between rows only, not
-        behind the last.
+        (2024), [EOL] in the format of its pre-training data. Ours stands between rows only, not
+        behind the last, and may come several times.
         """
         config = model.config
         if row_ends and config.grid is None:
@@ -113,6 +121,7 @@ class VocabularyExtension:
             min_tokens=config.min_tokens,
             nested=config.is_nested,
             row_length=config.grid[1] if row_ends else 0,
+            row_ends=row_ends,
             fingerprint=model.fingerprint(),
         )
 
@@ -129,8 +138,8 @@ class VocabularyExtension:
     def span_length(self, positions: int | None = None) -> int:
         """Ids of a picture of so many positions (default: the most), start and end included."""
         positions = self.num_tokens if positions is None else positions
-        row_ends = max(0, positions - 1) // self.row_length if self.row_length else 0
-        return positions * self.num_codebooks + row_ends + 2
+        gaps = max(0, positions - 1) // self.row_length if self.row_length else 0
+        return positions * self.num_codebooks + gaps * self.row_ends + 2
 
     def code_strings(self) -> list[str]:
         """The spelling of every code, in id order."""
@@ -388,8 +397,9 @@ class ImageVocabulary(VocabularyExtension):
         ids = ids if isinstance(ids, list) else ids.tolist()
         if self.row_end_token_id is not None:
             width = self.row_length * self.num_codebooks
-            rows = [[self.row_end_token_id, *ids[i : i + width]] for i in range(0, len(ids), width)]
-            ids = [token_id for row in rows for token_id in row][1:]
+            ends = [self.row_end_token_id] * self.row_ends
+            rows = [[*ends, *ids[i : i + width]] for i in range(0, len(ids), width)]
+            ids = [token_id for row in rows for token_id in row][self.row_ends :]
         return [self.start_token_id, *ids, self.end_token_id]
 
 

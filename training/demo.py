@@ -309,7 +309,6 @@ class _Walk:
                 self.config_stage("image_tokenizer", "train-tokenizer", self.image_tokenizer)
             )
         command = f"unimodal export-vocabulary {self.tokenizer} --out {p('vocabulary')}"
-        command += " --row-ends" if r.merge.get("row_ends") else ""
         stages.append(Stage("export_vocabulary", command, self.export_vocabulary))
         if r.llm is None and r.text_model.get("start") is None:
             size = r.text_tokenizer.get("vocab_size", 1024)
@@ -326,8 +325,7 @@ class _Walk:
         )
         stages.append(Stage("encode", command, self.encode))
         options = " ".join(
-            f"--{k.replace('_', '-')}" + ("" if v is True else f" '{v}'")
-            for k, v in self.merge_options().items()
+            f"--{k.replace('_', '-')} '{v}'" for k, v in self.merge_options().items()
         )
         command = (
             f"unimodal merge --llm {self.llm} --image-tokenizer {self.tokenizer} "
@@ -415,8 +413,7 @@ class _Walk:
     def export_vocabulary(self) -> None:
         from unimodal.merge import export_vocabulary
 
-        row_ends = self.recipe.merge.get("row_ends", False)
-        for line in export_vocabulary(self.tokenizer, self.path("vocabulary"), row_ends=row_ends):
+        for line in export_vocabulary(self.tokenizer, self.path("vocabulary"), None, "added"):
             print(f"  {line}")
 
     def text_tokenizer(self) -> None:

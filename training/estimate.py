@@ -756,7 +756,7 @@ def language_model_estimate(recipe: Any) -> Estimate:
     folder = find_folder(recipe.model)
     processor = UnimodalProcessor.from_pretrained(folder, load_image_tokenizer=False)
     data = recipe.data
-    examples = Examples(processor, data.caches, data.text, data.max_length)
+    examples = Examples.of(processor, data)
     with without_data():
         model: Any = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(folder),

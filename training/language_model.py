@@ -57,7 +57,7 @@ def train(recipe: LanguageModelRecipe, *, resume: bool = True) -> Path:
     if finished:
         return output_dir
     set_seed(recipe.training.get("seed", 0))
-    examples = Examples(processor, recipe.data.caches, recipe.data.text, recipe.data.max_length)
+    examples = Examples.of(processor, recipe.data)
     model = load_model(folder, recipe)
     text_ids, row_ids = _id_groups(processor)
     uncounted = rows = None

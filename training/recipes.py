@@ -61,6 +61,11 @@ class DataRecipe:
     """Other weights at the start. None: ``weights`` all along."""
     prompt_dropout: float = 0.1
     """Share of drawing examples with an empty prompt: the unconditional side of guidance."""
+    questions: int = 1
+    """Most questions that a question example asks of its picture, one after the other. Each more
+    costs its own words only, where an example of its own costs the picture too."""
+    dialogue_questions: int = 2
+    """Most questions that follow the picture in a dialogue."""
     max_length: int = 1024
     """Tokens an example may have. Plain text is cut into pieces of this length; a longer picture
     or chat example is left out, counted and reported. The examples of one optimizer step are sorted
@@ -76,6 +81,8 @@ class DataRecipe:
     def __post_init__(self) -> None:
         _check_weights("data.weights", self.weights)
         _in_range("data.prompt_dropout", self.prompt_dropout, 0, 1)
+        _at_least("data.questions", self.questions, 1)
+        _at_least("data.dialogue_questions", self.dialogue_questions, 1)
         _at_least("data.max_length", self.max_length, 8)
 
 

@@ -173,9 +173,8 @@ def export_vocabulary(
         typer.Option(metavar="DIR", help="Where to write. Default: beside the image tokenizer."),
     ] = None,
     row_ends: Annotated[
-        bool,
-        typer.Option("--row-ends", help="With an end-of-row word, as `unimodal merge --row-ends`."),
-    ] = False,
+        int, typer.Option(min=0, help="As in `unimodal merge --row-ends`; a number.")
+    ] = 0,
 ) -> None:
     """Write the words that an image tokenizer needs in a text vocabulary.
 
@@ -255,13 +254,14 @@ def merge(
         typer.Option(metavar="DIR", help="A code cache with captions, for `--row-init meaning`."),
     ] = None,
     row_ends: Annotated[
-        bool,
+        str,
         typer.Option(
-            "--row-ends",
-            help="Put an end-of-row word between the rows of a picture's codes, as Emu3 does: "
-            "models learn left and right from it. For codes on a grid.",
+            metavar="NUMBER|auto",
+            help="How many end-of-row words stand between the rows of a picture's codes: models "
+            "learn left and right from them. `auto`: as many as make a row as long as a period of "
+            "the model's rotary positions. For codes on a grid.",
         ),
-    ] = False,
+    ] = "0",
     dtype: Annotated[
         str | None,
         typer.Option(help="`float32`, `bfloat16`, `float16`. Default: as the weights are."),
@@ -289,7 +289,11 @@ def merge(
 
     `unimodal merge --llm ./llama --image-tokenizer ./vq64k --vocab-mode base --out my-model`
     """
+    from tokenizer_hf.errors import ConfigurationError
     from unimodal.merge import merge as run
+
+    if row_ends != "auto" and not row_ends.isdecimal():
+        raise ConfigurationError(f"--row-ends is {row_ends!r}; expected a whole number, or auto")
 
     wording = {"caption_instruction": caption_instruction, "draw_instruction": draw_instruction}
     folder = run(
@@ -298,7 +302,7 @@ def merge(
         out,
         vocab_mode=vocab_mode,
         row_init=row_init,
-        row_ends=row_ends,
+        row_ends="auto" if row_ends == "auto" else int(row_ends),
         pairs=pairs,
         dtype=dtype,
         pad_to=pad_to,

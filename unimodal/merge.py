@@ -11,7 +11,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,6 +21,7 @@ from tokenizer_hf.modeling_image_tokenizer import ImageTokenizer
 from tokenizer_hf.sentencepiece_vocabulary import extend_sentencepiece, extend_sentencepiece_like
 from tokenizer_hf.vocabulary import ImageVocabulary, VocabularyExtension, extend_tokenizer
 from unimodal.processing_unimodal import CAPTION_INSTRUCTION, DRAW_INSTRUCTION, UnimodalProcessor
+from unimodal.row_ends import fit_row_ends
 from unimodal.row_initialisation import ROW_INITS, caption_evidence, new_rows
 from unimodal.shipped import require_not_shipped, resolve
 from unimodal.weight_shards import NewRows, StoredTensor, read_header, rewrite, shard_files
@@ -57,7 +58,7 @@ def merge(
     vocab_mode: str = "added",
     row_init: str = "mean_cov",
     pairs: str | Path | None = None,
-    row_ends: bool = False,
+    row_ends: int | Literal["auto"] = 0,
     dtype: str | torch.dtype | None = None,
     pad_to: int = 64,
     seed: int = 0,
@@ -74,8 +75,8 @@ def merge(
         vocab_mode: ``"added"`` or ``"base"``, see :func:`extend_tokenizer`.
         row_init: how the new rows start, see :func:`new_rows`.
         pairs: a code cache folder, for ``row_init="meaning"``.
-        row_ends: an end-of-row word between the rows of codes, see
-            :meth:`VocabularyExtension.from_image_tokenizer`.
+        row_ends: how many end-of-row words stand between two rows of codes; "auto": as many as fit
+            the language model's positions, see :func:`unimodal.row_ends.fit_row_ends`.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"`` for all weights; None keeps them.
         pad_to: the embedding's rows are padded to a multiple of this.
         seed: of the new rows.
@@ -110,6 +111,8 @@ def merge(
 
     config = _causal_config(base)
     model = ImageTokenizer.from_pretrained(picture_folder).eval()
+    if row_ends == "auto":
+        row_ends = fit_row_ends(config, model.config)
     extension = VocabularyExtension.from_image_tokenizer(model, row_ends)
     text_tokenizer = _text_tokenizer(base)
     tokenizer, vocabulary = extend_tokenizer(text_tokenizer, extension, vocab_mode)
@@ -159,7 +162,7 @@ def export_vocabulary(
     out: str | Path | None = None,
     text_tokenizer: str | Path | None = None,
     vocab_mode: str = "added",
-    row_ends: bool = False,
+    row_ends: int = 0,
 ) -> list[str]:
     """Write the vocabulary extension of an image tokenizer, and a text tokenizer that has it.
 
@@ -169,7 +172,7 @@ def export_vocabulary(
         text_tokenizer: folder, hub id or SentencePiece ``.model`` to extend into ``out``, with
             ``image_vocabulary.json`` beside it.
         vocab_mode: as in :func:`merge`; a ``.model`` always gets CONTROL pieces.
-        row_ends: as in :func:`merge`.
+        row_ends: as in :func:`merge`, a number.
 
     Returns:
         A line of text for each thing that was written.
@@ -445,9 +448,8 @@ def _card(llm: str | Path, image_tokenizer: str | Path, vocabulary: ImageVocabul
         tokens = f"{vocabulary.min_tokens} to {tokens}"
     rows = ""
     if vocabulary.row_length:
-        rows = (
-            f" in rows of {vocabulary.row_length} with `{vocabulary.row_end_string}` between them"
-        )
+        between = vocabulary.row_end_string * vocabulary.row_ends
+        rows = f" in rows of {vocabulary.row_length} with `{between}` between them"
     first, last = vocabulary.code_token_ids.start, vocabulary.code_token_ids.stop - 1
     return f"""---
 library_name: transformers

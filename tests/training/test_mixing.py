@@ -19,7 +19,7 @@ from training.data.collate import Steps, collate
 from training.data.examples import Example, Examples, TextExamples
 from training.data.mixing import Mix, Pick
 from training.data.rendering import Renderer
-from training.recipes import DIRECTIONS
+from training.recipes import DIRECTIONS, DataRecipe
 from unimodal.messages import IGNORED
 from unimodal.processing_unimodal import UnimodalProcessor
 
@@ -136,6 +136,37 @@ def test_directions_are_the_processors_conversations(examples: Examples) -> None
     assert picked[3] == [user([image, part("What colour is it?")]), answer]
     drawn = [*processor.draw_messages("A green circle."), assistant([image])]
     assert picked[4] == [*drawn, user("What colour is it?"), answer]
+
+
+def test_several_questions_are_asked_one_after_the_other(merged: Path, tmp_path: Path) -> None:
+    pictures = write_pictures(tmp_path / "pictures", 1)
+    pairs = [(f"Question {i}?", f"Answer {i}.") for i in range(3)]
+    asked = [{"question": question, "answer": answer} for question, answer in pairs]
+    row = {"file_name": "000.png", "text": "A star.", "questions": asked}
+    (pictures / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    build_cache(pictures, merged, tmp_path / "codes", progress=False)
+    processor = processor_of(merged)
+
+    def turns(direction: str, choice: int, **settings: int) -> list[str]:
+        examples = Examples(processor, [tmp_path / "codes"], **settings)
+        said = examples.messages(Pick(direction, 0, choice, False))
+        texts = [message["content"] for message in said[2:]]
+        if direction == "question":
+            texts = [said[0]["content"][1]["text"], said[1]["content"], *texts]
+            [example] = examples.build([Pick(direction, 0, choice, False)])
+            learnt = example.input_ids[example.labels != IGNORED]
+            answers = processor.tokenizer.decode(learnt)
+            assert all(answer in answers for answer in texts[1::2])
+            assert not any(question in answers for question in texts[::2])
+        return texts
+
+    assert turns("question", 4) == [*pairs[1]]
+    assert turns("question", 4, questions=2) == [*pairs[1], *pairs[2]]
+    assert turns("question", 2, questions=9) == [*pairs[2], *pairs[0], *pairs[1]]
+    assert turns("dialogue", 0) == [*pairs[0], *pairs[1]]
+    assert turns("dialogue", 1, dialogue_questions=1) == [*pairs[1]]
+    with pytest.raises(ConfigurationError, match=r"data\.questions"):
+        DataRecipe(questions=0)
 
 
 def test_the_shares_of_codes_are_those_of_the_caches(examples: Examples) -> None:

@@ -15,14 +15,12 @@ from training.data.code_cache import CodeCache
 from training.data.mixing import Pick
 from training.data.rendering import Renderer, tokenize
 from training.data.sources import Skipped, read_text, report
-from training.recipes import DIRECTIONS
+from training.recipes import DIRECTIONS, DataRecipe
 from unimodal.messages import IGNORED
 from unimodal.processing_unimodal import UnimodalProcessor
 
 logger = logging.getLogger(__name__)
 
-DIALOGUE_QUESTIONS = 2
-"""Most questions that follow a picture in a dialogue."""
 TEXTS_AT_ONCE = 1024
 """Texts that are tokenised in one call."""
 
@@ -47,8 +45,8 @@ class Examples:
 
     - draw: user "Draw: {prompt}" → the picture (a dropped prompt: the empty one)
     - caption: the picture and "Describe the picture." → a caption
-    - question: the picture and a question → its answer
-    - dialogue: draw, then two questions about the picture that was drawn, each with its answer
+    - question: the picture and a question → its answer; where there are to be more, the next → its
+    - dialogue: draw, then questions about the picture that was drawn, each with its answer
     - chat: a cached chat with pictures → its assistant turns
     - text: a text or a chat without pictures, learnt as a whole, as `TextExamples` has them: the
       replay keeps what the base could say, user turns too
@@ -59,6 +57,8 @@ class Examples:
         text: JSONL files of the text direction.
         max_length: tokens that a text, a chat in words too, is cut into; longer examples of other
             kinds are left out.
+        questions: most questions of a question example.
+        dialogue_questions: most questions of a dialogue.
 
     Attributes:
         num_items: number of pictures, texts or chats of each direction.
@@ -76,8 +76,11 @@ class Examples:
         caches: Sequence[str | Path] = (),
         text: Sequence[str | Path] = (),
         max_length: int = 1024,
+        questions: int = 1,
+        dialogue_questions: int = 2,
     ) -> None:
         self.processor = processor
+        self._most_questions = {"question": questions, "dialogue": dialogue_questions}
         self.renderer = Renderer(processor)
         self.max_length = max_length
         self.left_out = 0
@@ -99,6 +102,18 @@ class Examples:
         self.texts = read_texts(text, processor.tokenizer, max_length)
         self.num_items = {name: len(rows) for name, rows in self._rows.items()}
         self.num_items["text"] = len(self.texts)
+
+    @classmethod
+    def of(cls, processor: UnimodalProcessor, data: DataRecipe) -> "Examples":
+        """Return the examples of a recipe."""
+        return cls(
+            processor,
+            data.caches,
+            data.text,
+            data.max_length,
+            data.questions,
+            data.dialogue_questions,
+        )
 
     def build(self, picks: Sequence[Pick]) -> list[Example]:
         """Build examples, in the order of ``picks``; those that are too long are left out."""
@@ -129,8 +144,13 @@ class Examples:
             codes = codes.reshape(-1, cache.manifest.num_codebooks)
         image = {"type": "image", "codes": codes.tolist()}
         answer: Any = [image]
+        asked: list[tuple[str, str]] = []
+        if pick.direction in self._most_questions:
+            pairs = cache.questions(row)
+            first = pick.choice % len(pairs)
+            asked = (pairs[first:] + pairs[:first])[: self._most_questions[pick.direction]]
         if pick.direction == "question":
-            question, answer = cache.question(_chosen(cache.question_offsets, row, pick.choice))
+            (question, answer), *asked = asked
             user = [{"role": "user", "content": [image, {"type": "text", "text": question}]}]
         elif pick.direction == "caption":
             user = self.processor.caption_messages(image)
@@ -139,12 +159,9 @@ class Examples:
             prompt = "" if pick.dropped else cache.prompt(row, pick.choice)
             user = self.processor.draw_messages(prompt)
         turns = [*user, {"role": "assistant", "content": answer}]
-        if pick.direction == "dialogue":
-            pairs = cache.questions(row)
-            first = pick.choice % len(pairs)
-            for question, reply in (pairs[first:] + pairs[:first])[:DIALOGUE_QUESTIONS]:
-                turns.append({"role": "user", "content": question})
-                turns.append({"role": "assistant", "content": reply})
+        for question, reply in asked:
+            turns.append({"role": "user", "content": question})
+            turns.append({"role": "assistant", "content": reply})
         return turns
 
     def code_shares(self) -> np.ndarray:

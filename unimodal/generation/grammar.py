@@ -1,7 +1,7 @@
 """The image-span grammar: which ids may come next. One state machine for transformers and vLLM.
 
 A reply is text with image spans in it: ``<|image_start|>``, code ids, ``<|image_end|>``, then text
-again; where the vocabulary has an end of row, one stands between the rows of codes. The machine
+again; where the vocabulary has ends of rows, they stand between the rows of codes. The machine
 knows ids only; it imports neither torch nor transformers nor vLLM. Its two moves are
 :meth:`ImageSpanGrammar.allowed` (what may come next) and :meth:`ImageSpanGrammar.advance` (what
 came). As long as only allowed ids are appended, no malformed image can be written.
@@ -270,7 +270,7 @@ class ImageSpanGrammar:
         length, slots = self.vocabulary.row_length, []
         for position in range(self.max_codes):
             if length and position and position % length == 0:
-                slots.append(_ROW_END)
+                slots.extend([_ROW_END] * self.vocabulary.row_ends)
             slots.extend(range(self._group))
         return tuple(slots)
 
