@@ -169,7 +169,7 @@ def test_an_image_row_draws_the_likeliest_code_of_its_codebook(tmp_path: Any) ->
 
 
 def test_an_image_row_writes_the_ends_of_its_rows(tmp_path: Any) -> None:
-    vocabulary = toy_extension(codebook_size=8, num_tokens=4, row_length=2).bind(100)
+    vocabulary = toy_extension(codebook_size=8, num_tokens=4, row_length=2, row_ends=1).bind(100)
     processor = v1(tmp_path, vocabulary)
     output: list[int] = []
     processor.update_state(update(added=[(0, params(segment(temperature=1.0)), [], output)]))

@@ -87,7 +87,7 @@ def test_a_killed_batch_goes_on_and_equals_that_of_transformers(tmp_path: Path) 
 def test_the_best_candidates_equal_those_of_transformers(tmp_path: Path) -> None:
     llm = save_llm(tmp_path / "llm", head_dim=32, num_attention_heads=2, num_key_value_heads=1)
     tiny_image_tokenizer(image_size=32).save_pretrained(tmp_path / "it")  # 4 x 4 codes
-    folder = merge(llm, tmp_path / "it", tmp_path / "toy", row_ends=True)
+    folder = merge(llm, tmp_path / "it", tmp_path / "toy", row_ends="auto")
     lines = [{"prompt": f"a red circle {i}", "guidance": 1 + i % 2, "n": 2} for i in range(6)]
     text = "".join(json.dumps({**line, "candidates": 4}) + "\n" for line in lines)
     (tmp_path / "prompts.jsonl").write_text(text)

@@ -122,10 +122,11 @@ def test_span_wraps_codes_and_checks_their_number():
     assert ONE.span_length() == 6 and THREE.span_length() == 14 and THREE.span_length(2) == 8
 
 
+@pytest.mark.parametrize("row_ends", [1, 2])
 @pytest.mark.parametrize("num_codebooks", [1, 3])
-def test_an_end_of_row_stands_between_rows(num_codebooks):
+def test_ends_of_row_stand_between_rows(num_codebooks, row_ends):
     plain = toy_extension(codebook_size=16, num_codebooks=num_codebooks, num_tokens=6)
-    extension = replace(plain, row_length=2)
+    extension = replace(plain, row_length=2, row_ends=row_ends)
     vocabulary = extension.bind(FIRST)
     assert vocabulary.strings()[:3] == ["<|image_start|>", "<|image_end|>", "<|image_row_end|>"]
     assert vocabulary.row_end_token_id == FIRST + 2 and vocabulary.code_token_ids[0] == FIRST + 3
@@ -134,12 +135,13 @@ def test_an_end_of_row_stands_between_rows(num_codebooks):
     codes = codes[:, 0] if num_codebooks == 1 else codes
     span = vocabulary.span(codes)
     width = 2 * num_codebooks
-    assert [i for i, token_id in enumerate(span) if token_id == FIRST + 2] == [
-        1 + width,
-        2 + 2 * width,
-    ]
-    assert len(span) == vocabulary.span_length() == 6 * num_codebooks + 4
-    assert vocabulary.span_length(2) == width + 2 and vocabulary.span_length(3) > width + 3
+    ends = [FIRST + 2] * row_ends
+    plain_ids = vocabulary.to_token_ids(codes).tolist()
+    rows = [plain_ids[i : i + width] for i in range(0, 3 * width, width)]
+    assert span == [FIRST, *rows[0], *ends, *rows[1], *ends, *rows[2], FIRST + 1]
+    assert len(span) == vocabulary.span_length() == 6 * num_codebooks + 2 * row_ends + 2
+    assert vocabulary.span_length(2) == width + 2
+    assert vocabulary.span_length(3) == 3 * num_codebooks + row_ends + 2
     inner = span[1:-1]
     for values in (inner, np.array(inner), torch.tensor(inner)):
         found = vocabulary.to_codes(values)
@@ -156,18 +158,22 @@ def test_an_end_of_row_stands_between_rows(num_codebooks):
 def test_row_ends_that_cannot_be_are_refused():
     for wrong in ({"row_length": 3}, {"row_length": -1}):
         with pytest.raises(VocabularyError, match="rows of"):
+            replace(toy_extension(num_tokens=4), **wrong, row_ends=1)
+    for wrong in ({"row_length": 2}, {"row_ends": 1}, {"row_length": 2, "row_ends": -1}):
+        with pytest.raises(VocabularyError, match="both above 0, or both 0"):
             replace(toy_extension(num_tokens=4), **wrong)
     nested = toy_extension(num_tokens=4, min_tokens=2, nested=True)
     with pytest.raises(VocabularyError, match="rows of 2 positions in pictures of 2 to 4"):
-        replace(nested, row_length=2)
-    for wrong in ({"row_end_token_id": None}, {"row_length": 0}, {"row_end_token_id": FIRST + 3}):
+        replace(nested, row_length=2, row_ends=1)
+    right = replace(toy_extension(), row_length=2, row_ends=1).bind(FIRST)
+    for wrong in ({"row_end_token_id": None}, {"row_end_token_id": FIRST + 3}):
         with pytest.raises(VocabularyError, match="row_end_token_id"):
-            replace(replace(toy_extension(), row_length=2).bind(FIRST), **wrong)
+            replace(right, **wrong)
 
 
 def test_a_vocabulary_that_was_saved_before_there_were_row_ends_is_read():
     values = ONE.to_dict()
-    for new in ("row_length", "row_end_string", "row_end_token_id"):
+    for new in ("row_length", "row_ends", "row_end_string", "row_end_token_id"):
         del values[new]
     assert ImageVocabulary.from_dict(values) == ONE
 

@@ -114,11 +114,11 @@ def test_a_missing_base_is_named_and_can_be_given(base: Path, tmp_path: Path) ->
 def test_a_run_from_before_there_were_row_ends_is_merged(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter")
     values = vocabulary_of(base).to_dict()
-    for new in ("row_length", "row_end_string", "row_end_token_id"):
+    for new in ("row_length", "row_ends", "row_end_string", "row_end_token_id"):
         del values[new]
     (adapter / "run.json").write_text(json.dumps({"image_vocabulary": values}))
     assert merge_adapter(adapter, tmp_path / "out").max_logit_difference < 1e-4
-    values = {**values, "row_length": 2, "row_end_token_id": values["start_token_id"]}
+    values = {**values, "row_length": 2, "row_ends": 1, "row_end_token_id": 5}
     (adapter / "run.json").write_text(json.dumps({"image_vocabulary": values}))
     with pytest.raises(MismatchError, match="or other ids"):
         merge_adapter(adapter, tmp_path / "again")

@@ -37,7 +37,7 @@ def parts(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parts")
     save_llm(folder / "llm", tied=request.param != "untied")
     tiny_image_tokenizer(quantizer_type="fsq", fsq_levels=LEVELS).save_pretrained(folder / "it")
-    row_ends = request.param == "tied, row ends"
+    row_ends = 2 if request.param == "tied, row ends" else 0
     merge(folder / "llm", folder / "it", folder / "merged", row_ends=row_ends)
     return folder
 

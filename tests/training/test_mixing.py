@@ -72,9 +72,12 @@ def part(text: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("style", ["qwen", "llama3", "llama2"])
-@pytest.mark.parametrize("nested", [False, True])
-def test_fast_rendering_equals_render(style: str, nested: bool, tmp_path: Path) -> None:
-    processor = processor_of(toy_merged_folder(tmp_path, style=style, nested=nested))
+@pytest.mark.parametrize("nested, row_ends", [(False, 0), (True, 0), (False, 2)])
+def test_fast_rendering_equals_render(
+    style: str, nested: bool, row_ends: int, tmp_path: Path
+) -> None:
+    folder = toy_merged_folder(tmp_path, style=style, nested=nested, row_ends=row_ends)
+    processor = processor_of(folder)
     chats = conversations([1, 5, 15, 0][: 3 if nested else 4])
     # A checking renderer would hide a difference behind its fall-back: look at the fast path alone.
     renderer = Renderer(processor)

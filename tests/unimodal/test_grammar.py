@@ -21,6 +21,7 @@ def bound(
     num_tokens: int = 2,
     text_ids: int = 5,
     row_length: int = 0,
+    row_ends: int = 1,
 ) -> ImageVocabulary:
     extension = VocabularyExtension(
         codebook_size=codebook_size,
@@ -29,6 +30,7 @@ def bound(
         min_tokens=min_tokens,
         nested=min_tokens < num_tokens,
         row_length=row_length,
+        row_ends=row_ends if row_length else 0,
         fingerprint="0" * 64,
     )
     return extension.bind(text_ids, pad_to=16)
@@ -46,6 +48,7 @@ def grammars(draw: st.DrawFn) -> ImageSpanGrammar:
         most,
         draw(st.integers(1, 9)),
         draw(st.sampled_from(rows)),
+        draw(st.integers(1, 3)),
     )
     min_codes = draw(st.none() | st.integers(least, most)) if least < most else None
     max_codes = draw(st.none() | st.integers(min_codes or least, most)) if least < most else None
@@ -93,12 +96,20 @@ def test_any_walk_along_allowed_ids_is_well_formed(grammar, budget, random, eage
 @pytest.mark.parametrize("mode", ["auto", "image", "text"])
 @pytest.mark.parametrize("max_images", [None, 0, 1, 2])
 @pytest.mark.parametrize(
-    "books, least, most, row",
-    [(1, 1, 1, 0), (1, 1, 3, 0), (2, 1, 2, 0), (3, 1, 1, 0), (1, 2, 2, 1), (1, 2, 2, 2)],
+    "books, least, most, row, ends",
+    [
+        (1, 1, 1, 0, 0),
+        (1, 1, 3, 0, 0),
+        (2, 1, 2, 0, 0),
+        (3, 1, 1, 0, 0),
+        (1, 2, 2, 1, 1),
+        (1, 2, 2, 1, 2),
+        (1, 2, 2, 2, 1),
+    ],
 )
-def test_language_equals_a_regular_expression(mode, max_images, books, least, most, row):
+def test_language_equals_a_regular_expression(mode, max_images, books, least, most, row, ends):
     """Exactly the strings of n letters that the expression matches can be written in n steps."""
-    vocabulary = bound(2, books, least, most, 1, row)
+    vocabulary = bound(2, books, least, most, 1, row, ends)
     grammar = ImageSpanGrammar(vocabulary, mode=mode, max_images=max_images)
     letters = {0: "t", vocabulary.start_token_id: "s", vocabulary.end_token_id: "e"}
     for book, (first, _) in enumerate(vocabulary.ranges):
@@ -107,10 +118,10 @@ def test_language_equals_a_regular_expression(mode, max_images, books, least, mo
     span = f"s(?:{position}){{{least},{most}}}e"
     if row:
         letters[vocabulary.row_end_token_id] = "r"
-        span = f"s{'r'.join([position * row] * (most // row))}e"
+        span = f"s{('r' * ends).join([position * row] * (most // row))}e"
     limit = "*" if max_images is None else f"{{0,{max_images}}}"
     for length in range(1, 7):
-        fits = length >= 2 + books * least + (least // row - 1 if row else 0)
+        fits = length >= 2 + books * least + (ends * (least // row - 1) if row else 0)
         image = f"{span}t*" if fits else "t*"
         pattern = {"auto": f"(?:t*{span}){limit}t*", "image": image, "text": "t*"}[mode]
         written = set()
@@ -202,6 +213,13 @@ def test_an_end_of_row_stands_between_rows_and_nowhere_else():
     assert "2 code and row-end ids, expected 5 to 5" in grammar.check_span([5, 8, 9, 6])
     [stray] = grammar.find_spans([1, 7, 1])
     assert (stray.start, stray.stop) == (1, 2) and "without a start" in stray.problem
+
+
+def test_ends_of_row_may_come_several_times():
+    grammar = ImageSpanGrammar(bound(3, 1, 4, 4, 5, row_length=2, row_ends=2))
+    assert grammar.max_span_ids == 8
+    assert grammar.check_span([5, 8, 9, 7, 7, 10, 8, 6]) is None
+    assert "position 3" in grammar.check_span([5, 8, 9, 7, 10, 8, 6])
 
 
 def test_codes_of_the_wrong_codebook_are_malformed():

@@ -150,7 +150,7 @@ def test_rows_of_codes_may_end(tmp_path, parts, vocab_mode):
         parts / "image_tokenizer",
         tmp_path / "merged",
         vocab_mode=vocab_mode,
-        row_ends=True,
+        row_ends=1,
         row_init="codebook",
     )
     unimodal = Unimodal.from_pretrained(model, device="cpu", dtype="float32")
@@ -180,7 +180,7 @@ def test_rows_of_codes_may_end(tmp_path, parts, vocab_mode):
     assert "in rows of 2 with `<|image_row_end|>` between" in (model / "README.md").read_text()
     with pytest.raises(VocabularyError, match="have no rows"):
         nested_image_tokenizer().save_pretrained(tmp_path / "nested")
-        merge(parts / "llm", tmp_path / "nested", tmp_path / "out", row_ends=True)
+        merge(parts / "llm", tmp_path / "nested", tmp_path / "out", row_ends=1)
 
 
 def test_a_large_base_embedding_is_never_cut(tmp_path, parts):
@@ -702,7 +702,7 @@ def test_merge_as_a_command(parts, tmp_path):
     result = command(
         *("merge", "--llm", parts / "llm", "--image-tokenizer", parts / "image_tokenizer"),
         *("--out", tmp_path / "out", "--vocab-mode", "base", "--row-init", "codebook"),
-        *("--draw-instruction", "Paint {prompt}.", "--row-ends"),
+        *("--draw-instruction", "Paint {prompt}.", "--row-ends", "1"),
     )
     assert result.exit_code == 0, result.output
     processor = UnimodalProcessor.from_pretrained(tmp_path / "out")
@@ -710,6 +710,11 @@ def test_merge_as_a_command(parts, tmp_path):
     assert processor.draw_messages("a star")[0]["content"] == "Paint a star."
     result = command("merge", "--llm", "nowhere", "--image-tokenizer", "x", "--out", tmp_path / "o")
     assert isinstance(result.exception, CheckpointError)
+    result = command(
+        *("merge", "--llm", parts / "llm", "--image-tokenizer", parts / "image_tokenizer"),
+        *("--out", tmp_path / "rows", "--row-ends", "many"),
+    )
+    assert isinstance(result.exception, ConfigurationError)
 
 
 def test_the_vocabulary_is_exported_alone_and_with_a_text_tokenizer(parts, tmp_path):
@@ -733,7 +738,8 @@ def test_the_vocabulary_is_exported_alone_and_with_a_text_tokenizer(parts, tmp_p
     assert isinstance(without_out.exception, ConfigurationError)
 
     (tmp_path / "a.model").write_bytes(sentencepiece_model())
-    rows = command("export-vocabulary", parts / "image_tokenizer", "--row-ends", "--out", out)
+    options = ("--row-ends", "1", "--out", out)
+    rows = command("export-vocabulary", parts / "image_tokenizer", *options)
     assert "19 new words" in rows.output and VocabularyExtension.load(out).row_length == 2
     lines = export_vocabulary(pictures, tmp_path / "sp", tmp_path / "a.model")
     assert len(lines) == 2 and (tmp_path / "sp" / "tokenizer.model").is_file()

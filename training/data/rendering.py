@@ -178,7 +178,7 @@ class Renderer:
         for turn, span in zip(turns, learnt, strict=True):
             marked = self._tokenize([turn.done])[0]
             pictures = marked.count(self.vocabulary.start_token_id)
-            extra = sum(np.size(one) for one in words.codes[:pictures])
+            extra = sum(len(self.vocabulary.span(one)) - 2 for one in words.codes[:pictures])
             turn.behind = len(marked) + extra - span.stop
         return _Shape(whole, turns)
 
