@@ -86,8 +86,8 @@ class VocabularyExtension:
             )
         if self.row_ends < 0 or (self.row_ends == 0) != (self.row_length == 0):
             raise VocabularyError(
-                f"row_ends is {self.row_ends} and row_length {self.row_length}; expected both above 0, "
-                "or both 0"
+                f"row_ends is {self.row_ends} and row_length {self.row_length}; "
+                "expected both above 0, or both 0"
             )
 
     @classmethod
