@@ -5,7 +5,6 @@ texts that `unimodal report` shows. Drawing takes nearly all of the time, so dra
 `drawings.part.jsonl` until the end: start a killed evaluation again, and it goes on behind them.
 """
 
-import base64
 import io
 import json
 import logging
@@ -26,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from eval.environment import environment
 from eval.reconstruction import agreements, psnr, score_reconstruction
-from eval.resume import FinishedDrawings
+from eval.resume import FinishedDrawings, png_base64
 from eval.retrieval import score_by_both
 from eval.scores import (
     Score,
@@ -647,6 +646,4 @@ def _some(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def data_uri(picture: Image.Image) -> str:
     """A picture as a PNG data URI."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/png;base64," + png_base64(picture)

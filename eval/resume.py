@@ -71,7 +71,7 @@ class FinishedDrawings:
             return
         chunk = {"name": name, "first": first, "prompts": list(prompts), "counts": counts}
         with self._file.open("a", encoding="utf-8") as file:
-            file.write(_line({**chunk, "pictures": [_png(picture) for picture in pictures]}))
+            file.write(_line({**chunk, "pictures": [png_base64(picture) for picture in pictures]}))
 
     def remove(self) -> None:
         """Delete the file: the evaluation is whole."""
@@ -83,9 +83,10 @@ def _line(value: dict[str, Any]) -> str:
     return json.dumps(value) + "\n"
 
 
-def _png(picture: Image.Image) -> str:
+def png_base64(picture: Image.Image) -> str:
+    """Return a picture as PNG, in base64."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    picture.save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
 
 

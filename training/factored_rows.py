@@ -92,11 +92,10 @@ def share_rows(model: nn.Module, factors: np.ndarray, shares: np.ndarray) -> Com
                 )
                 layer.register_parameter(FACTOR_ROWS, nn.Parameter(shared))
                 with torch.no_grad():
-                    own -= _sums(shared, columns, controls)
+                    own -= _sums(shared, columns, len(own))
                     own *= mask.to(own.device)
                 own.register_hook(partial(_only_own, mask.to(own.device)))
         layer.factor_columns = columns
-        layer.num_controls = len(next(iter(owner.trainable_tokens_delta.values()))) - len(factors)
         layer.get_merged_weights = partial(_merged_weights, layer, owner)
     return _compact_head(model, factors, shares > OWN_ROW_SHARE)
 
@@ -132,7 +131,7 @@ def _compact_head(model: Any, factors: np.ndarray, has_own: np.ndarray) -> Compa
         weight = head.base_layer.weight[own_ids.to(shared.device)]
         for name in active_adapters:
             own = owner.trainable_tokens_delta[name][kept.to(shared.device)]
-            own = own + _sums(shared, columns, controls)
+            own = own + _sums(shared, columns, len(own))
             weight = weight.index_copy(0, places.to(shared.device), own.to(weight))
         return torch.cat([weight, shared.to(weight)])
 
@@ -191,7 +190,7 @@ def folded(model: nn.Module) -> Iterator[None]:
         for layer in _sharing(model):
             for own in layer.trainable_tokens_delta.values():
                 kept.append((own, own.clone()))
-                own += _sums(getattr(layer, FACTOR_ROWS), layer.factor_columns, layer.num_controls)
+                own += _sums(getattr(layer, FACTOR_ROWS), layer.factor_columns, len(own))
     try:
         yield
     finally:
@@ -234,10 +233,11 @@ def _parts(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def _sums(shared: Tensor, columns: Tensor, controls: int) -> Tensor:
-    """(controls + K, D): zero for control ids, the sum of its factors' rows for each code."""
+def _sums(shared: Tensor, columns: Tensor, num_rows: int) -> Tensor:
+    """(num_rows, D): zero for the control ids before the codes, for each code the sum of its
+    factors' rows."""
     codes = nn.functional.embedding(columns.to(shared.device), shared).sum(1)
-    return nn.functional.pad(codes, (0, 0, controls, 0))
+    return nn.functional.pad(codes, (0, 0, num_rows - len(codes), 0))
 
 
 def _only_own(mask: Tensor, gradient: Tensor) -> Tensor:
@@ -247,9 +247,9 @@ def _only_own(mask: Tensor, gradient: Tensor) -> Tensor:
 def _merged_weights(layer: Any, owner: Any, active_adapters: Any) -> Tensor:
     """PEFT's ``TrainableTokensLayer.get_merged_weights``, with the factors' rows added."""
     weight = layer.base_layer.weight
-    sums = _sums(getattr(owner, FACTOR_ROWS), layer.factor_columns, layer.num_controls)
     for name in active_adapters:
-        rows = layer.trainable_tokens_delta[name] + sums
+        own = layer.trainable_tokens_delta[name]
+        rows = own + _sums(getattr(owner, FACTOR_ROWS), layer.factor_columns, len(own))
         index = torch.tensor(layer.token_indices[name], device=weight.device)
         weight = weight.index_copy(0, index, rows.to(weight))
     return weight

@@ -27,7 +27,7 @@ def fit_row_ends(language_model: Any, image_tokenizer: Any) -> int:
 
     Returns:
         1 to MOST, or to a quarter of the grid's width: the number for which some frequency turns by
-        the nearest to one whole turn a row, summed up over the picture's rows.
+        the nearest to one whole turn a row.
 
     Raises:
         ConfigurationError: codes without a grid, or positions that are not rotary.
@@ -37,15 +37,14 @@ def fit_row_ends(language_model: Any, image_tokenizer: Any) -> int:
             f"row ends were asked for, but codes of the layout {image_tokenizer.token_layout!r} "
             'have no rows; expected an image tokenizer of the layout "2d"'
         )
-    rows, columns = image_tokenizer.grid
+    width = image_tokenizer.grid[1] * image_tokenizer.num_codebooks
     frequencies = rotary_frequencies(language_model)
-    each = image_tokenizer.num_codebooks
 
     def drift(row_ends: int) -> float:
-        turns = ((columns * each + row_ends) * frequency for frequency in frequencies)
-        return min(abs(turn - 2 * math.pi) for turn in turns) * (rows - 1)
+        turns = ((width + row_ends) * frequency for frequency in frequencies)
+        return min(abs(turn - 2 * math.pi) for turn in turns)
 
-    return min(range(1, max(MOST, columns // 4) + 1), key=drift)
+    return min(range(1, max(MOST, image_tokenizer.grid[1] // 4) + 1), key=drift)
 
 
 def rotary_frequencies(language_model: Any) -> list[float]:
