@@ -36,8 +36,9 @@ RELATION_PHRASES = {
 }
 LIST_OPENINGS = ("", "", "", "a picture of ", "an image with ", "there is ")
 _NAMED_SHARE = 0.8
-RELATED_SHARE = 0.5
+RELATED_SHARE: dict[Level, float] = {"board": 0.5, "free": 0.8}
 """How often a caption states a relation where one can be."""
+_MORE_RELATION_QUESTIONS: dict[Level, int] = {"board": 0, "free": 2}
 _RELATED_SHARE_OF_PROMPTS = 0.8
 
 Style = Literal["named", "brief"]
@@ -47,7 +48,7 @@ def captions(
     scene: Scene,
     rng: random.Random,
     style: Style | None = None,
-    related_share: float = RELATED_SHARE,
+    related_share: float = RELATED_SHARE["board"],
 ) -> str:
     """One true caption, for example "two small blue circles and a green ring on tan".
 
@@ -70,7 +71,7 @@ def caption_with_requirement(
     scene: Scene,
     rng: random.Random,
     style: Style | None = None,
-    related_share: float = RELATED_SHARE,
+    related_share: float = RELATED_SHARE["board"],
 ) -> tuple[str, Requirement]:
     """As `captions`, together with what the caption demands; objects in order of mention."""
     if style is None:
@@ -185,8 +186,13 @@ def questions(
     return found
 
 
-def relation_questions(scene: Scene, rng: random.Random, n: int) -> list[tuple[str, str]]:
-    """Draw up to `n` different questions about how the objects lie, with their answers."""
+def relation_questions(scene: Scene, rng: random.Random, level: Level) -> list[tuple[str, str]]:
+    """Draw more questions about how the objects lie, with their answers.
+
+    Up to two different ones at level `free`, where that is what is hardest to learn; none at level
+    `board`.
+    """
+    n = _MORE_RELATION_QUESTIONS[level]
     found = (_relation_question(scene.objects, rng) for _ in range(2 * n))
     return list(dict.fromkeys(pair for pair in found if pair))[:n]
 
@@ -302,6 +308,8 @@ def board_text(scene: Scene) -> str:
 
 GRID = 8
 """Cells along the grid of `grid_text`, of 8×8 pixels each."""
+ROW_END = "; and below "
+"""Between the rows of `grid_text`: three ids of the shipped text tokenizer."""
 _POINTS = 4  # along a cell, at which the objects are looked up
 _LEAST_POINTS = 2
 _TICKS = (np.arange(GRID * _POINTS) + 0.5) * (IMAGE_SIZE / (GRID * _POINTS))
@@ -310,21 +318,24 @@ _TICKS = (np.arange(GRID * _POINTS) + 0.5) * (IMAGE_SIZE / (GRID * _POINTS))
 def grid_text(scene: Scene) -> str:
     """A scene of any level in words, on an 8×8 grid in reading order, as a picture's codes go.
 
-    A cell is the object that covers most of it, "red star", or the background's word where objects
-    cover less than an eighth. Sizes are not said: they show in the number of cells. A comma stands
-    between rows, so that a column is a distance: without it nothing says what stands below what.
+    A cell is one word: of the object that covers most of it the colour in rows 0, 2, 4, 6 and the
+    shape in the others (one object in 500, a star, misses one of them so), or the background where
+    objects cover less than an eighth. Sizes are not said: they show in the number of cells. With
+    `ROW_END` between them all rows have the same number of words, so that a column is an angle of
+    rotary positions; `unimodal.row_ends` says why left and right need that, and that 8 + 3 ids fit
+    the shipped text LLM.
     """
-    phrases = [scene.background] * GRID**2
+    cells = [scene.background] * GRID**2
     most = np.full(GRID**2, _LEAST_POINTS - 1)
     for o in scene.objects:
         u, v = ((_TICKS - middle) / o.radius for middle in (o.x, o.y))
         covered = inside(o.shape, *np.meshgrid(u, v)).reshape(GRID, _POINTS, GRID, _POINTS)
         points = covered.sum((1, 3)).ravel()
         for cell in np.flatnonzero(points > most):
-            phrases[cell] = f"{o.colour} {o.shape}"
+            cells[cell] = o.shape if cell // GRID % 2 else o.colour
         most = np.maximum(most, points)
-    rows = (phrases[first : first + GRID] for first in range(0, GRID**2, GRID))
-    return ", ".join(" ".join(row) for row in rows)
+    rows = (" ".join(cells[first : first + GRID]) for first in range(0, GRID**2, GRID))
+    return ROW_END.join(rows)
 
 
 def picture_text(scene: Scene, level: Level) -> str:
@@ -365,22 +376,27 @@ def world_text_messages(
 
     Returns:
         kind and messages [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …];
-        a dialogue has two or three pairs of turns: a board is asked for, then asked about.
+        a dialogue has two or three pairs of turns: a board is asked for, then asked about. With
+        level `free` questions about a board go on with `relation_questions`.
 
     Raises:
         DataError: a board of level `board` is asked for and the scene does not stand on one.
     """
     kind = kind or rng.choices(TEXT_KINDS, _KIND_WEIGHTS)[0]
     if kind == "caption_of_board":
-        user, assistant = f"{picture_text(scene, level)} describe", captions(scene, rng)
+        user = f"{picture_text(scene, level)} describe"
+        assistant = captions(scene, rng, related_share=RELATED_SHARE[level])
     elif kind == "board_of_caption":
         user, assistant = f"draw in words {prompt_words(scene, rng)}", picture_text(scene, level)
     elif kind == "question_about_board":
-        question, assistant = questions(scene, rng, 1, every_pair=True)[0]
-        user = f"{picture_text(scene, level)} {question}"
+        first, *more = questions(scene, rng, 1, every_pair=True)
+        more += relation_questions(scene, rng, level)
+        turns = [(f"{picture_text(scene, level)} {first[0]}", first[1]), *more]
+        return kind, chat_messages(turns)
     elif kind == "dialogue_about_board":
         turns = [(f"draw in words {prompt_words(scene, rng)}", picture_text(scene, level))]
-        return kind, chat_messages([*turns, *questions(scene, rng, 2, every_pair=True)])
+        turns += questions(scene, rng, 2, every_pair=True)
+        return kind, chat_messages([*turns, *relation_questions(scene, rng, level)])
     elif kind == "caption":
         user, assistant = "describe", captions(scene, rng)
     elif kind == "question_about_caption":

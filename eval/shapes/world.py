@@ -29,7 +29,6 @@ from tokenizer_hf.files import atomic_folder
 
 MANIFEST = "world.json"
 _ROWS_PER_SHARD = 5000
-_RELATED_SHARE_OF_FREE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,8 +212,7 @@ def _write_pictures(
 ) -> None:
     folder.mkdir()
     schema, rng = _schema(), random.Random(f"{seed}-words")
-    free = level == "free"
-    related = _RELATED_SHARE_OF_FREE if free else RELATED_SHARE
+    related = RELATED_SHARE[level]
     rows: list[dict[str, Any]] = []
     shard = 0
     for scene, picture in pictures:
@@ -224,7 +222,7 @@ def _write_pictures(
         texts = [captions(scene, rng, "named", related) for _ in range(captions_per_picture - 1)]
         texts.append(captions(scene, rng, "brief", related))
         wanted = [prompt_words(scene, rng) for _ in texts]
-        asked = questions(scene, rng) + (relation_questions(scene, rng, 2) if free else [])
+        asked = questions(scene, rng) + relation_questions(scene, rng, level)
         pairs = [{"question": q, "answer": a} for q, a in asked]
         rows.append(
             {

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoConfig, AutoTokenizer
 
 from eval.shapes.captions import (
+    ROW_END,
     TEXT_KINDS,
     board_text,
     caption_with_requirement,
@@ -38,7 +40,10 @@ from eval.shapes.scene import (
     stated_relations,
 )
 from eval.shapes.world import read_world, write_world
+from tokenizer_hf.configuration_image_tokenizer import ImageTokenizerConfig
 from tokenizer_hf.errors import ConfigurationError, DataError
+from unimodal.row_ends import fit_row_ends
+from unimodal.shipped import resolve
 
 
 def _scenes(n: int, seed: int, **options: object) -> list[Scene]:
@@ -322,26 +327,46 @@ def test_grid_text() -> None:
     scene = Scene("tan", (Object("cross", "red", "small", 13.0, 20.0, 9.0),))
     rows = [["tan"] * 8 for _ in range(8)]
     for row, column in ((1, 1), (2, 0), (2, 1), (2, 2), (3, 1)):
-        rows[row][column] = "red cross"
-    assert grid_text(scene) == ", ".join(" ".join(row) for row in rows)
+        rows[row][column] = "cross" if row % 2 else "red"
+    assert grid_text(scene) == ROW_END.join(" ".join(row) for row in rows)
 
 
 def test_grid_text_says_what_the_pixels_show() -> None:
+    missing = 0
     for scene in _scenes(200, 17, level="free"):
-        phrases = re.findall(rf"(?:{'|'.join(COLOURS)}) \w+|\w+", grid_text(scene))
+        words = [row.split() for row in grid_text(scene).split(ROW_END)]
         inks = (render_array(scene) != BACKGROUNDS[scene.background]).any(-1)
-        shares = inks.reshape(8, 8, 8, 8).mean((1, 3)).ravel()
-        for phrase, share in zip(phrases, shares, strict=True):
-            if share < 0.06:
-                assert phrase == scene.background
-            elif share > 0.4:
-                assert phrase in {f"{o.colour} {o.shape}" for o in scene.objects}
+        shares = inks.reshape(8, 8, 8, 8).mean((1, 3))
+        for row, column in np.ndindex(8, 8):
+            says = {(o.colour, o.shape)[row % 2] for o in scene.objects}
+            if shares[row, column] < 0.06:
+                assert words[row][column] == scene.background
+            elif shares[row, column] > 0.4:
+                assert words[row][column] in says
+        said = {word for row in words for word in row}
+        missing += len({word for o in scene.objects for word in (o.colour, o.shape)} - said)
+    assert missing <= 2
+
+
+def test_rows_of_grid_text_are_as_long_as_those_of_codes() -> None:
+    """With the shipped text LLM, so that what it learns of columns in words holds for codes."""
+    folder = resolve("shipped:text_model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    codes = ImageTokenizerConfig(
+        image_size=64, encoder_type="palette", decoder_type="palette", patch_size=8
+    )
+    row_ids = 8 + fit_row_ends(AutoConfig.from_pretrained(folder), codes)
+    for scene in _scenes(50, 18, level="free"):
+        ids = tokenizer(grid_text(scene), add_special_tokens=False)["input_ids"]
+        assert len(ids) == 8 * row_ids - (row_ids - 8)
+        ends = tokenizer(ROW_END.strip(), add_special_tokens=False)["input_ids"]
+        assert [ids[first : first + 3] for first in range(8, len(ids), row_ids)] == [ends] * 7
 
 
 @pytest.mark.parametrize("level", ["board", "free"])
 def test_text_messages(level: Level) -> None:
     rng = random.Random(15)
-    seen = set()
+    seen, further = set(), 0
     for scene in _scenes(300, 15, level=level):
         kind, messages = world_text_messages(scene, rng, level=level)
         seen.add(kind)
@@ -365,7 +390,11 @@ def test_text_messages(level: Level) -> None:
                 else user.split(".")[0] + "."
             )
             _check_answer(scene, user.removeprefix(about).strip(), assistant)
+            for question, answer in zip(more[::2], more[1::2], strict=True):
+                _check_answer(scene, question, answer)
+                further += 1
         json.dumps(messages)
+    assert (further > 10) == (level == "free")
     assert seen == set(TEXT_KINDS)
 
 
