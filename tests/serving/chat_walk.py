@@ -31,6 +31,8 @@ CHROMIUM_FLAGS = [
     "--disable-sync",
 ]
 WAIT_SECONDS = 120
+MOST_REPLIES = 20
+"""Drawings that are asked for until one shows a preview."""
 DESKTOP = {"width": 1200, "height": 860}
 PHONE = {"width": 390, "height": 844}
 
@@ -188,6 +190,7 @@ def walk(
     reply = 1
     while not steps.sees_a_preview(reply):  # a nested picture of a random model may end before one
         reply += 1
+        assert reply <= MOST_REPLIES, "no preview was shown of any of so many drawings"
         steps.rest()
         page.get_by_role("button", name="Regenerate").click()
     shoot("preview")

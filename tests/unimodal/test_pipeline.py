@@ -110,15 +110,16 @@ def test_the_best_candidate_is_the_one_that_the_model_judges_best(model):
         said = {"role": "assistant", "content": prompt}
         drew = {"role": "assistant", "content": [image]}
         score = 0.0
-        for question, answer in (
-            (processor.caption_messages(image), said),
-            (processor.draw_messages(prompt), drew),
+        for question, answer, counted in (
+            (processor.caption_messages(image), said, None),
+            (processor.draw_messages(prompt), drew, np.size(image["codes"])),
         ):
             ids = torch.tensor(processor.render([*question, answer]).input_ids)
             labels = torch.tensor(processor.render([*question, answer]).labels)[1:]
             with torch.inference_mode():
                 logits = model.model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
-            score += float(logits[labels >= 0, labels[labels >= 0]].mean())
+            likely = logits[labels >= 0, labels[labels >= 0]]
+            score += float(likely.sum()) / (counted or len(likely))
         best.append(score)
     likeliest = np.array(best).reshape(2, each).argmax(1)
     assert likeliest.any()  # not simply the first

@@ -8,8 +8,9 @@ a prompt c, the one is kept that maximises
 The first term is how likely the model, asked to describe the picture, answers with the prompt: it
 falls where something is missing or of another colour. The second is how likely it draws this
 picture for the prompt, without guidance: it falls where a shape is broken, which readers overlook.
-Both are means over the ids of the answer: a sum would let the many codes of a picture outvote the
-few words of a prompt, and the likeliest of all pictures is an empty one.
+Both are means, over the words of the prompt and over the codes of the picture: a sum would let the
+many codes outvote the few words, and the likeliest of all pictures is an empty one. What frames the
+codes, ends of row among it, is sure and does not count.
 
 Source: A. Ramesh et al., "Zero-Shot Text-to-Image Generation" (2021), section 2.6, ranks samples
 with a contrastive model of its own (CLIP). Here the judge is the unified model itself, so nothing
@@ -17,7 +18,7 @@ else is loaded. What each term does alone is in docs/learning.md.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,8 +29,15 @@ MAX_CANDIDATES = 64
 _STRIDE = 1_000_000_007
 """Between the seeds of candidates; torch's CPU generator looks at their last 32 bits only."""
 
-Reading = tuple[list[int], int]
-"""The ids of a conversation, and how many of them, at its end, are the last answer."""
+
+class Reading(NamedTuple):
+    """A conversation that tells how likely its last answer is."""
+
+    ids: list[int]
+    length: int
+    """So many ids at the end are the answer."""
+    counted: int
+    """The mean is over so many of them."""
 
 
 def check_candidates(candidates: int) -> int:
@@ -63,11 +71,13 @@ def readings(processor: Any, prompt: str, span: Sequence[int]) -> tuple[Reading,
     picture = {"type": "image", "codes": processor.vocabulary.to_codes(list(span)[1:-1])}
     described = [*processor.caption_messages(picture), {"role": "assistant", "content": prompt}]
     drawn = [*processor.draw_messages(prompt), {"role": "assistant", "content": [picture]}]
-    first, second = (_reading(processor.render(messages)) for messages in (described, drawn))
-    return first, second
+    ids, length = _answered(processor.render(described))
+    controls = processor.vocabulary.control_token_ids
+    codes = sum(token_id not in controls for token_id in span)
+    return Reading(ids, length, length), Reading(*_answered(processor.render(drawn)), codes)
 
 
-def _reading(rendered: Any) -> Reading:
+def _answered(rendered: Any) -> tuple[list[int], int]:
     [*_, last] = rendered.learnt
     return rendered.input_ids[: last.stop], last.stop - last.start
 
@@ -75,19 +85,19 @@ def _reading(rendered: Any) -> Reading:
 def mean_log_likelihoods(
     model: Any, conversations: Sequence[Reading], batch_size: int
 ) -> list[float]:
-    """Return log p(answer | what stands before it), in nats an id of the answer, of each
-    conversation.
+    """Return log p(answer | what stands before it) of each conversation, in nats an id that
+    counts.
 
     Args:
         model: a decoder-only Hugging Face causal LM.
         batch_size: conversations that are read at once; results do not depend on it.
     """
-    order = sorted(range(len(conversations)), key=lambda one: conversations[one][1])
+    order = sorted(range(len(conversations)), key=lambda one: conversations[one].length)
     found = [0.0] * len(order)  # answers of a length together: logits are computed for the longest
     for members in _batches(order, batch_size):
         values = _log_likelihoods(model, [conversations[one] for one in members])
         for one, value in zip(members, values, strict=True):
-            found[one] = value / conversations[one][1]
+            found[one] = value / conversations[one].counted
     return found
 
 
@@ -97,8 +107,8 @@ def _batches(items: list[int], size: int) -> Iterator[list[int]]:
 
 
 def _log_likelihoods(model: Any, conversations: Sequence[Reading]) -> list[float]:
-    most = max(length for _, length in conversations)
-    ids, positions = left_pad([ids for ids, _ in conversations], model.device)
+    most = max(one.length for one in conversations)
+    ids, positions = left_pad([one.ids for one in conversations], model.device)
     with torch.inference_mode():
         output = model(
             input_ids=ids,
@@ -109,6 +119,6 @@ def _log_likelihoods(model: Any, conversations: Sequence[Reading]) -> list[float
         )
         logits = output.logits[:, -most - 1 : -1].float()
         said = logits.log_softmax(-1).gather(-1, ids[:, -most:, None])[..., 0]
-    lengths = torch.tensor([length for _, length in conversations], device=ids.device)
+    lengths = torch.tensor([one.length for one in conversations], device=ids.device)
     in_answer = torch.arange(most, device=ids.device) >= most - lengths[:, None]
     return said.masked_fill(~in_answer, 0).sum(-1).tolist()

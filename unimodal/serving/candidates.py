@@ -50,6 +50,6 @@ async def draw_best(
         return spans[0]
     pairs = await judge(spans)
     found = await together(
-        segments.mean_log_likelihood(*reading, **request) for pair in pairs for reading in pair
+        segments.mean_log_likelihood(reading, **request) for pair in pairs for reading in pair
     )
     return spans[best_of(list(zip(found[::2], found[1::2], strict=True)))]

@@ -29,6 +29,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from tokenizer_hf.errors import ConfigurationError, MessageError, ServingError
 from tokenizer_hf.vocabulary import ImageVocabulary
+from unimodal.generation.candidates import Reading
 from unimodal.generation.grammar import ImageSpanGrammar
 from unimodal.serving.logits import CONDITIONAL, UNCONDITIONAL, Segment
 from unimodal.serving.metrics import PAIRS, pair_restarted, waited
@@ -333,19 +334,19 @@ class ImageSegments:
         return span
 
     async def mean_log_likelihood(
-        self, ids: Sequence[int], length: int, *, lora_request: Any = None, priority: int = 0
+        self, reading: Reading, *, lora_request: Any = None, priority: int = 0
     ) -> float:
-        """Return log p(the last ids | those before them), in nats an id.
+        """Return log p(answer | what stands before it), in nats an id that counts.
 
         Args:
-            ids: of a conversation.
-            length: how many of them, at the end, are meant.
+            reading: the conversation.
             lora_request, priority: as in :meth:`draw`.
 
         Raises:
             MessageError: a conversation that does not fit into the context.
             ServingError: the engine failed or broke the request off.
         """
+        ids = reading.ids
         if len(ids) >= self.max_model_len:
             raise MessageError(
                 f"judging a drawing takes {len(ids) + 1} ids, but this server's context is "
@@ -357,11 +358,11 @@ class ImageSegments:
         found: list[float] = []
 
         def take(output: Any) -> None:
-            for position in range(len(ids) - length, len(ids)):
+            for position in range(len(ids) - reading.length, len(ids)):
                 found.append(output.prompt_logprobs[position][ids[position]].logprob)
 
         await self._run(tokens_input(list(ids)), params, call, take)
-        return sum(found) / length
+        return sum(found) / reading.counted
 
     def _reporter(self, on_codes: OnIds) -> OnIds:
         """Return what takes ids so far and passes codes on, once each time there are more."""
