@@ -9,7 +9,7 @@ import io
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psutil
@@ -37,8 +37,11 @@ def engine_processes(server: Server) -> list[psutil.Process]:
     """The processes of vLLM's engine: its core and its workers."""
     family = psutil.Process(server.pid).children(recursive=True)
     names = ("VLLM::EngineCore", "VLLM::Worker")
-    titles = [(one, " ".join(one.cmdline())) for one in family if one.status() != "zombie"]
-    engine = [one for one, title in titles if title.startswith(names)]
+    engine = []
+    for one in family:
+        with suppress(psutil.NoSuchProcess):  # it is just over
+            if one.status() != "zombie" and " ".join(one.cmdline()).startswith(names):
+                engine.append(one)
     assert engine, family
     return engine
 
@@ -47,13 +50,14 @@ def engine_processes(server: Server) -> list[psutil.Process]:
 def engine_asleep(server: Server) -> Iterator[None]:
     """Requests reach the server while the block runs, and its engine does not get on with them."""
     processes = engine_processes(server)
-    for process in processes:
-        process.suspend()
     try:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):  # a helper that the engine forked, and is over
+                process.suspend()
         yield
     finally:
         for process in processes:
-            if process.is_running():
+            with suppress(psutil.NoSuchProcess):
                 process.resume()
 
 

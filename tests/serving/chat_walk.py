@@ -13,6 +13,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,9 +134,11 @@ class Walk:
     def sees_a_preview(self, reply: int) -> bool:
         """Wait until a preview is shown, or the reply with this number is over without one."""
         self.page.wait_for_function("reply => begun >= reply", arg=reply)
+        limit = time.monotonic() + WAIT_SECONDS
         while not self.page.evaluate("previews"):
             if self.page.get_by_role("button", name="Submit").is_visible():
                 return False
+            assert time.monotonic() < limit, f"no preview and no end in {WAIT_SECONDS} s"
             self.page.wait_for_timeout(10)
         return True
 
