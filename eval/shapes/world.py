@@ -85,7 +85,7 @@ def write_world(
     The captions of a row all name colour and shape of every object, but for the last, which is
     brief (shapes only); its prompts, which training draws from, are brief as often as not. At level
     `free`, where left and right are what is hardest to learn, captions state relations oftener and
-    two more questions are about them; evaluation asks the first question of a picture only. No
+    two more questions are about them, in chats too; evaluation asks a picture's first only. No
     picture, nor what is said of one, has a HELD_OUT pair. The text lines and chats are about scenes
     of their own and speak of all pairs, as a text LLM has read of everything: a text model that has
     never read of a cyan star takes it for impossible, and carries that into its drawings.
