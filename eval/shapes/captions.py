@@ -351,7 +351,10 @@ TEXT_KINDS = (
     "caption",
     "question_about_caption",
 )
-_KIND_WEIGHTS = (5, 10, 3, 3, 1, 1)
+_KIND_WEIGHTS: dict[Level, tuple[int, ...]] = {
+    "board": (5, 10, 3, 3, 1, 1),
+    "free": (10, 8, 6, 3, 1, 1),  # there reading is learnt later than drawing
+}
 
 
 def prompt_words(scene: Scene, rng: random.Random) -> str:
@@ -376,20 +379,21 @@ def world_text_messages(
 
     Returns:
         kind and messages [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …];
-        a dialogue has two or three pairs of turns: a board is asked for, then asked about. With
-        level `free` questions about a board go on with `relation_questions`.
+        a dialogue has two or three pairs of turns: a board is asked for, then asked about. At
+        level `free` three questions are asked about a board, and then `relation_questions`.
 
     Raises:
         DataError: a board of level `board` is asked for and the scene does not stand on one.
     """
-    kind = kind or rng.choices(TEXT_KINDS, _KIND_WEIGHTS)[0]
+    kind = kind or rng.choices(TEXT_KINDS, _KIND_WEIGHTS[level])[0]
     if kind == "caption_of_board":
         user = f"{picture_text(scene, level)} describe"
         assistant = captions(scene, rng, related_share=RELATED_SHARE[level])
     elif kind == "board_of_caption":
         user, assistant = f"draw in words {prompt_words(scene, rng)}", picture_text(scene, level)
     elif kind == "question_about_board":
-        first, *more = questions(scene, rng, 1, every_pair=True)
+        several = 3 if level == "free" else 1
+        first, *more = questions(scene, rng, several, every_pair=True)
         more += relation_questions(scene, rng, level)
         turns = [(f"{picture_text(scene, level)} {first[0]}", first[1]), *more]
         return kind, chat_messages(turns)
