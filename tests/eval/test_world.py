@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from eval.shapes.captions import ROW_END
 from eval.shapes.reading import parse_caption
 from eval.shapes.render import render_array
 from eval.shapes.requirement import satisfies
-from eval.shapes.scene import COLOURS, HELD_OUT
+from eval.shapes.scene import BACKGROUNDS, COLOURS, HELD_OUT, SHAPES
 from eval.shapes.world import WorldManifest, read_world, write_world
 from tokenizer_hf.errors import ConfigurationError, DataError
 
@@ -109,9 +110,11 @@ def test_free_world(tmp_path: Path) -> None:
     chats = [json.loads(line) for line in (folder / "chat/train.jsonl").open()]
     drawn = [c["messages"][1]["content"] for c in chats if c["kind"] == "board_of_caption"]
     assert len(drawn) > 5
-    for text in drawn:  # 64 cells, each a background or a colour and a shape
-        words = text.split()
-        assert len(words) - sum(word in COLOURS for word in words) == 64
+    for text in drawn:  # eight rows of eight cells, in turn of colours and of shapes
+        rows = [row.split() for row in text.split(ROW_END)]
+        assert [len(row) for row in rows] == [8] * 8
+        assert all(set(row) <= {*COLOURS, *BACKGROUNDS} for row in rows[::2])
+        assert all(set(row) <= {*SHAPES, *BACKGROUNDS} for row in rows[1::2])
 
 
 def test_errors(tmp_path: Path) -> None:
