@@ -374,7 +374,8 @@ def test_a_caller_that_leaves_or_fails_takes_both_requests_along(
         for drawing in drawings:
             drawing.cancel()
         ends = await asyncio.gather(*drawings, return_exceptions=True)
-        assert {type(end) for end in ends} == {asyncio.CancelledError}
+        kinds = {type(end) for end in ends}  # one may have been over when it was cancelled
+        assert asyncio.CancelledError in kinds and kinds <= {asyncio.CancelledError, list}
         with pytest.raises(Stop):
             await engine.draw(prompts[0], negative, on_codes=fail)
         return await engine.settles()
