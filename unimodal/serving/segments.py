@@ -136,7 +136,8 @@ class _Steps:
     async def next(self) -> None:
         """Wait for the next step to begin, or for so long that there seems to be none."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._next.wait(), LONGEST_STEP_SECONDS)
+            async with asyncio.timeout(LONGEST_STEP_SECONDS):
+                await self._next.wait()
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,8 @@ class _Meeting:
         """
         await self._first.wait()
         try:
-            await asyncio.wait_for(self._both.wait(), HOLD_SECONDS)
+            async with asyncio.timeout(HOLD_SECONDS):
+                await self._both.wait()
         except TimeoutError as error:
             raise _OutOfStep from error
 
@@ -608,6 +610,11 @@ async def together(requests: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     tasks = [asyncio.ensure_future(request) for request in requests]
     try:
         return await asyncio.gather(*tasks)
+    except Exception:
+        current = asyncio.current_task()
+        if current and current.cancelling():  # the failure of one came first and would hide it
+            raise asyncio.CancelledError from None
+        raise
     finally:
         for task in tasks:
             task.cancel()
