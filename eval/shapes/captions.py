@@ -39,6 +39,9 @@ _NAMED_SHARE = 0.8
 RELATED_SHARE: dict[Level, float] = {"board": 0.5, "free": 0.8}
 """How often a caption states a relation where one can be."""
 _MORE_RELATION_QUESTIONS: dict[Level, int] = {"board": 0, "free": 2}
+_PLACE_QUESTIONS: dict[Level, int] = {"board": 0, "free": 2}
+_OFF_CENTRE = 4.0
+"""Pixels from the middle of the picture, from which questions call an object left, right, ..."""
 _RELATED_SHARE_OF_PROMPTS = 0.8
 
 Style = Literal["named", "brief"]
@@ -186,15 +189,20 @@ def questions(
     return found
 
 
-def relation_questions(scene: Scene, rng: random.Random, level: Level) -> list[tuple[str, str]]:
-    """Draw more questions about how the objects lie, with their answers.
+def place_questions(scene: Scene, rng: random.Random, level: Level) -> list[tuple[str, str]]:
+    """Draw more questions about where the objects are, with their answers.
 
-    Up to two different ones at level `free`, where that is what is hardest to learn; none at level
-    `board`.
+    At level `free`, where that is what is hardest to learn, up to two about one object ("is the red
+    star on the left or on the right?") and up to two about a relation; none at level `board`.
     """
-    n = _MORE_RELATION_QUESTIONS[level]
-    found = (_relation_question(scene.objects, rng) for _ in range(2 * n))
-    return list(dict.fromkeys(pair for pair in found if pair))[:n]
+    found: list[tuple[str, str]] = []
+    for question, n in (
+        (_place_question, _PLACE_QUESTIONS[level]),
+        (_relation_question, _MORE_RELATION_QUESTIONS[level]),
+    ):
+        pairs = (question(scene.objects, rng) for _ in range(2 * n))
+        found += list(dict.fromkeys(pair for pair in pairs if pair))[:n]
+    return found
 
 
 _QUESTION_KINDS = (
@@ -282,6 +290,22 @@ def _relation_question(objects: tuple[Object, ...], rng: random.Random) -> tuple
     return f"is {names[0]} {rng.choice(RELATION_PHRASES[relation])} {names[1]}?", answer
 
 
+def _place_question(objects: tuple[Object, ...], rng: random.Random) -> tuple[str, str] | None:
+    pairs = Counter((o.shape, o.colour) for o in objects)
+    off = [
+        (o, sides, distance)
+        for o in objects
+        for sides, place in ((("left", "right"), o.x), (("top", "bottom"), o.y))
+        if pairs[o.shape, o.colour] == 1 and abs(distance := place - IMAGE_SIZE / 2) >= _OFF_CENTRE
+    ]
+    if not off:
+        return None
+    o, sides, distance = rng.choice(off)
+    name = describe(ObjectRequirement(o.shape, o.colour), article="the")
+    way = "on the {} or on the {}" if sides[0] == "left" else "at the {} or at the {}"
+    return f"is {name} {way.format(*sides)}?", sides[distance > 0]
+
+
 def _plainly(answer: str, distance: float) -> bool:
     # Between the two lies what people would argue about.
     return distance >= STATED_DISTANCE if answer == "yes" else distance <= 4
@@ -318,9 +342,9 @@ _TICKS = (np.arange(GRID * _POINTS) + 0.5) * (IMAGE_SIZE / (GRID * _POINTS))
 def grid_text(scene: Scene) -> str:
     """A scene of any level in words, on an 8×8 grid in reading order, as a picture's codes go.
 
-    A cell is one word: of the object that covers most of it the colour in rows 0, 2, 4, 6 and the
-    shape in the others (one object in 500, a star, misses one of them so), or the background where
-    objects cover less than an eighth. Sizes are not said: they show in the number of cells. With
+    A cell is one word: of the object that covers most of it the colour or, as on a chessboard, the
+    shape, so that both stand side by side; or the background where objects cover less than an
+    eighth. Sizes are not said: they show in the number of cells. With
     `ROW_END` between them all rows have the same number of words, so that a column is an angle of
     rotary positions; `unimodal.row_ends` says why left and right need that, and that 8 + 3 ids fit
     the shipped text LLM.
@@ -332,7 +356,7 @@ def grid_text(scene: Scene) -> str:
         covered = inside(o.shape, *np.meshgrid(u, v)).reshape(GRID, _POINTS, GRID, _POINTS)
         points = covered.sum((1, 3)).ravel()
         for cell in np.flatnonzero(points > most):
-            cells[cell] = o.shape if cell // GRID % 2 else o.colour
+            cells[cell] = o.shape if (cell // GRID + cell) % 2 else o.colour
         most = np.maximum(most, points)
     rows = (" ".join(cells[first : first + GRID]) for first in range(0, GRID**2, GRID))
     return ROW_END.join(rows)
@@ -380,7 +404,7 @@ def world_text_messages(
     Returns:
         kind and messages [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …];
         a dialogue has two or three pairs of turns: a board is asked for, then asked about. At
-        level `free` three questions are asked about a board, and then `relation_questions`.
+        level `free` three questions are asked about a board, and then `place_questions`.
 
     Raises:
         DataError: a board of level `board` is asked for and the scene does not stand on one.
@@ -394,13 +418,13 @@ def world_text_messages(
     elif kind == "question_about_board":
         several = 3 if level == "free" else 1
         first, *more = questions(scene, rng, several, every_pair=True)
-        more += relation_questions(scene, rng, level)
+        more += place_questions(scene, rng, level)
         turns = [(f"{picture_text(scene, level)} {first[0]}", first[1]), *more]
         return kind, chat_messages(turns)
     elif kind == "dialogue_about_board":
         turns = [(f"draw in words {prompt_words(scene, rng)}", picture_text(scene, level))]
         turns += questions(scene, rng, 2, every_pair=True)
-        return kind, chat_messages([*turns, *relation_questions(scene, rng, level)])
+        return kind, chat_messages([*turns, *place_questions(scene, rng, level)])
     elif kind == "caption":
         user, assistant = "describe", captions(scene, rng)
     elif kind == "question_about_caption":

@@ -17,9 +17,9 @@ from eval.shapes.captions import (
     RELATED_SHARE,
     captions,
     picture_text,
+    place_questions,
     prompt_words,
     questions,
-    relation_questions,
     world_text_messages,
 )
 from eval.shapes.render import render
@@ -85,7 +85,7 @@ def write_world(
     The captions of a row all name colour and shape of every object, but for the last, which is
     brief (shapes only); its prompts, which training draws from, are brief as often as not. At level
     `free`, where left and right are what is hardest to learn, captions state relations oftener and
-    two more questions are about them, in chats too; evaluation asks a picture's first only. No
+    up to four questions more are `place_questions`, in chats too; evaluation asks the first. No
     picture, nor what is said of one, has a HELD_OUT pair. The text lines and chats are about scenes
     of their own and speak of all pairs, as a text LLM has read of everything: a text model that has
     never read of a cyan star takes it for impossible, and carries that into its drawings.
@@ -222,7 +222,7 @@ def _write_pictures(
         texts = [captions(scene, rng, "named", related) for _ in range(captions_per_picture - 1)]
         texts.append(captions(scene, rng, "brief", related))
         wanted = [prompt_words(scene, rng) for _ in texts]
-        asked = questions(scene, rng) + relation_questions(scene, rng, level)
+        asked = questions(scene, rng) + place_questions(scene, rng, level)
         pairs = [{"question": q, "answer": a} for q, a in asked]
         rows.append(
             {

@@ -110,11 +110,12 @@ def test_free_world(tmp_path: Path) -> None:
     chats = [json.loads(line) for line in (folder / "chat/train.jsonl").open()]
     drawn = [c["messages"][1]["content"] for c in chats if c["kind"] == "board_of_caption"]
     assert len(drawn) > 5
-    for text in drawn:  # eight rows of eight cells, in turn of colours and of shapes
+    for text in drawn:  # eight rows of eight cells, colours and shapes as on a chessboard
         rows = [row.split() for row in text.split(ROW_END)]
         assert [len(row) for row in rows] == [8] * 8
-        assert all(set(row) <= {*COLOURS, *BACKGROUNDS} for row in rows[::2])
-        assert all(set(row) <= {*SHAPES, *BACKGROUNDS} for row in rows[1::2])
+        cells = [word for i, row in enumerate(rows) for word in row[i % 2 :] + row[: i % 2]]
+        assert set(cells[::2]) <= {*COLOURS, *BACKGROUNDS}
+        assert set(cells[1::2]) <= {*SHAPES, *BACKGROUNDS}
 
 
 def test_errors(tmp_path: Path) -> None:
