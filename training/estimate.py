@@ -727,7 +727,7 @@ def text_model_estimate(recipe: Any) -> Estimate:
     recipe = resolved(recipe)
     folder = tokenizer_folder(recipe)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    examples = TextExamples(tokenizer, recipe.text, recipe.max_length)
+    examples = TextExamples(tokenizer, recipe.text, recipe.max_length, recipe.assistant_only)
     with without_data():
         model = make_model(recipe, tokenizer, folder, weights=False)
     with fake(model):

@@ -224,6 +224,9 @@ class TextModelRecipe:
     """Passed on to that model's configuration class: hidden_size, num_hidden_layers, ..."""
     max_length: int = 256
     """Tokens an example may have; longer texts are cut into pieces."""
+    assistant_only: float = 0.0
+    """Share of the chats of which only the assistant's turns are learnt (0 to 1). What is asked
+    about long texts is a small part of their tokens: learnt as a whole, it hardly counts."""
     packing: bool | int = False
     """As ``data.packing`` in `DataRecipe`."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
@@ -235,6 +238,10 @@ class TextModelRecipe:
 
     def __post_init__(self) -> None:
         _check_packing("packing", self.packing, self.attention)
+        if not 0 <= self.assistant_only <= 1:
+            raise ConfigurationError(
+                f"assistant_only is {self.assistant_only}; expected a share, 0 to 1"
+            )
         if self.tokenizer is None and self.start is None:
             raise ConfigurationError("give a tokenizer, or a text model to start from")
         if self.start is not None and (self.tokenizer is not None or self.config):

@@ -25,7 +25,8 @@ def train_text_model(recipe: TextModelRecipe, *, resume: bool = True) -> Path:
     """Run a recipe to its end; ``output_dir`` then is a plain causal LM folder.
 
     The model is made from ``model_type`` and ``config``, vocabulary size and special ids come from
-    the tokenizer; or it goes on from ``start``. Chats are learnt as a whole, user turns too.
+    the tokenizer; or it goes on from ``start``. Chats are learnt as a whole, user turns too,
+    but for the share ``assistant_only``.
 
     Args:
         resume: as in `training.language_model.train`.
@@ -53,7 +54,7 @@ def train_text_model(recipe: TextModelRecipe, *, resume: bool = True) -> Path:
         return output_dir
     set_seed(recipe.training.get("seed", 0))
     model = make_model(recipe, tokenizer, folder)
-    examples = TextExamples(tokenizer, recipe.text, recipe.max_length)
+    examples = TextExamples(tokenizer, recipe.text, recipe.max_length, recipe.assistant_only)
     args = training_arguments(str(output_dir), bool(recipe.bf16), recipe.training)
     mix = Mix(
         examples.num_items,

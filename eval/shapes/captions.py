@@ -377,7 +377,7 @@ TEXT_KINDS = (
 )
 _KIND_WEIGHTS: dict[Level, tuple[int, ...]] = {
     "board": (5, 10, 3, 3, 1, 1),
-    "free": (10, 8, 6, 3, 1, 1),  # there reading is learnt later than drawing
+    "free": (10, 4, 14, 2, 1, 1),  # there reading is learnt later than drawing
 }
 
 

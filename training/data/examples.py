@@ -212,11 +212,18 @@ class Examples:
 class TextExamples:
     """The text direction alone, for a language model that has no image vocabulary yet.
 
-    Chats are worded by the tokenizer's chat template and learnt as a whole, user turns too.
+    Chats are worded by the tokenizer's chat template and learnt as a whole, user turns too, but for
+    the share ``assistant_only`` of them.
     """
 
-    def __init__(self, tokenizer: Any, text: Sequence[str | Path], max_length: int) -> None:
-        self.texts = read_texts(text, tokenizer, max_length)
+    def __init__(
+        self,
+        tokenizer: Any,
+        text: Sequence[str | Path],
+        max_length: int,
+        assistant_only: float = 0.0,
+    ) -> None:
+        self.texts = read_texts(text, tokenizer, max_length, assistant_only)
         if not len(self.texts):
             raise DataError("a text model needs text; give .jsonl files in the recipe's text field")
         self.num_items = {"text": len(self.texts)}
@@ -228,14 +235,15 @@ class TextExamples:
 
     def mean_loss_tokens(self, directions: Collection[str] = ("text",)) -> dict[str, float]:
         """Return the mean number of loss tokens of a text."""
-        return {"text": float(np.mean(self.texts.lengths() - 1))}
+        return {"text": float(np.mean(self.texts.learnt()))}
 
 
 class Texts(Sequence[Example]):
-    """Texts that are learnt as a whole, in four bytes a token; an `Example` is made when asked for.
+    """Texts in four bytes a token; an `Example` is made when asked for.
 
     Args:
-        ids: int32, the token ids of all texts, one after the other.
+        ids: int32, the token ids of all texts, one after the other; ``~id`` where an id is not
+            learnt.
         offsets: int64; text i is ``ids[offsets[i]:offsets[i + 1]]``.
     """
 
@@ -253,11 +261,17 @@ class Texts(Sequence[Example]):
             raise IndexError(f"text {index} of {len(self)}")
         start, stop = self.offsets[index % len(self) :][:2]
         part = self.ids[start:stop].astype(np.int64)
-        return Example(part, part, "text")
+        learnt = part >= 0
+        return Example(np.where(learnt, part, ~part), np.where(learnt, part, IGNORED), "text")
 
     def lengths(self) -> np.ndarray:
         """Return the tokens of each text: int64 (number of texts,)."""
         return np.diff(self.offsets)
+
+    def learnt(self) -> np.ndarray:
+        """Return the tokens of each text that are learnt, its first aside: int64 like `lengths`."""
+        counted = np.concatenate(([0], np.cumsum(self.ids >= 0)))
+        return counted[self.offsets[1:]] - counted[self.offsets[:-1] + 1]
 
 
 class _Growing:
@@ -268,54 +282,67 @@ class _Growing:
         self.ids, self.lengths = array("i"), array("q")
 
     def add(self, ids: list[int]) -> None:
-        """Add a text; a rest of one token has nothing to learn and is left out."""
+        """Add a text; a piece in which nothing is learnt behind its first token is left out."""
         for start in range(0, max(len(ids) - 1, 1), self.max_length):
             part = ids[start : start + self.max_length]
-            if len(part) > 1:
+            if max(part[1:], default=-1) >= 0:
                 self.ids.extend(part)
                 self.lengths.append(len(part))
 
 
-def read_texts(files: Sequence[str | Path], tokenizer: Any, max_length: int) -> Texts:
+def read_texts(
+    files: Sequence[str | Path], tokenizer: Any, max_length: int, assistant_only: float = 0.0
+) -> Texts:
     """Read and tokenise text files, a few thousand lines at a time.
 
     Plain texts come first and end in eos, then chats as the chat template words them; both are cut
     into pieces of ``max_length`` tokens. Control words in what was written are neutralised.
+
+    Args:
+        assistant_only: share of the chats, evenly spread, of which only the assistant's turns are
+            learnt, each with its end of turn.
 
     Raises:
         DataError: a file is missing, or no line could be used.
     """
     controls = _controls(tokenizer)
     plain, chats = _Growing(max_length), _Growing(max_length)
-    waiting: dict[bool, list[str]] = {False: [], True: []}  # by whether it is a chat
+    waiting: list[str] = []
+    waiting_chats: list[tuple[str, list[tuple[int, int]] | None]] = []
 
-    def flush(is_chat: bool) -> None:
-        texts = waiting[is_chat]
-        rows = tokenize(tokenizer, texts, add_special_tokens=not is_chat) if texts else []
-        for ids in rows:
-            if not is_chat and ids[-1:] != [tokenizer.eos_token_id] != [None]:
-                ids = [*ids, tokenizer.eos_token_id]
-            (chats if is_chat else plain).add(ids)
-        texts.clear()
+    def flush() -> None:
+        for ids in tokenize(tokenizer, waiting, add_special_tokens=True) if waiting else []:
+            eos = tokenizer.eos_token_id
+            plain.add(ids if eos is None or ids[-1:] == [eos] else [*ids, eos])
+        waiting.clear()
 
-    skipped = lines = 0
+    def flush_chats() -> None:
+        worded = [text for text, _ in waiting_chats]
+        rows = tokenize(tokenizer, worded, add_special_tokens=False) if worded else []
+        for ids, (text, answers) in zip(rows, waiting_chats, strict=True):
+            chats.add(ids if answers is None else _learnt_alone(tokenizer, text, ids, answers))
+        waiting_chats.clear()
+
+    skipped = lines = number = 0
     for line in read_text(files):
         lines += 1
         if isinstance(line, Skipped):
             report(line, skipped)
             skipped += 1
-            continue
-        is_chat = not isinstance(line, str)
-        if isinstance(line, str):
-            text = neutralise(line, controls)
+        elif isinstance(line, str):
+            waiting.append(neutralise(line, controls))
+            if len(waiting) == TEXTS_AT_ONCE:
+                flush()
         else:
             said = [{**m, "content": neutralise(m["content"], controls)} for m in line]
             text = tokenizer.apply_chat_template(said, tokenize=False)
-        waiting[is_chat].append(text)
-        if len(waiting[is_chat]) == TEXTS_AT_ONCE:
-            flush(is_chat)
-    flush(False)
-    flush(True)
+            number += 1
+            alone = int(number * assistant_only) > int((number - 1) * assistant_only)
+            waiting_chats.append((text, _answers(tokenizer, said, text) if alone else None))
+            if len(waiting_chats) == TEXTS_AT_ONCE:
+                flush_chats()
+    flush()
+    flush_chats()
     if skipped:
         logger.warning("%s: %d lines skipped", ", ".join(map(str, files)), skipped)
     if files and skipped == lines:
@@ -323,6 +350,29 @@ def read_texts(files: Sequence[str | Path], tokenizer: Any, max_length: int) -> 
     ids = np.concatenate([np.frombuffer(kind.ids, np.int32) for kind in (plain, chats)])
     lengths = np.concatenate([np.frombuffer(kind.lengths, np.int64) for kind in (plain, chats)])
     return Texts(ids, np.concatenate(([0], np.cumsum(lengths))))
+
+
+def _answers(tokenizer: Any, messages: Any, text: str) -> list[tuple[int, int]]:
+    """(first character, last + 1) of the assistant's turns in a chat as it is worded."""
+    found = []
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            worded = tokenizer.apply_chat_template
+            prompt = worded(messages[:index], tokenize=False, add_generation_prompt=True)
+            done = worded(messages[: index + 1], tokenize=False)
+            if text.startswith(done) and done.startswith(prompt):
+                found.append((len(prompt), len(done.rstrip())))
+    return found
+
+
+def _learnt_alone(
+    tokenizer: Any, text: str, ids: list[int], answers: list[tuple[int, int]]
+) -> list[int]:
+    """The ids of a text; ``~id`` of those that do not begin within an answer."""
+    read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    starts = [start for start, _ in read["offset_mapping"]]
+    inside = [any(first <= start < last for first, last in answers) for start in starts]
+    return [i if learnt else ~i for i, learnt in zip(ids, inside, strict=True)]
 
 
 def _controls(tokenizer: Any) -> frozenset[str]:
