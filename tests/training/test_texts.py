@@ -11,6 +11,7 @@ from tests.toy import qwen_tokenizer
 from tokenizer_hf.errors import DataError
 from training.data import examples
 from training.data.examples import TextExamples, read_texts
+from unimodal.messages import IGNORED
 
 LINES: list[dict[str, Any]] = [
     {"text": "a red ring"},
@@ -76,3 +77,39 @@ def test_files_without_a_usable_line_are_refused(tmp_path: Path) -> None:
     assert len(read_texts([], qwen_tokenizer(), 256)) == 0
     with pytest.raises(DataError, match="needs text"):
         TextExamples(qwen_tokenizer(), [], 256)
+
+
+def test_only_the_answers_of_a_share_of_the_chats_are_learnt(tmp_path: Path) -> None:
+    file, tokenizer = tmp_path / "text.jsonl", qwen_tokenizer()
+    turns = [("how many rings?", "two"), ("what colour?", "two blue rings")]
+    chat = {
+        "messages": [
+            {"role": role, "content": content}
+            for turn in turns
+            for role, content in zip(("user", "assistant"), turn, strict=True)
+        ]
+    }
+    file.write_text("".join(json.dumps(line) + "\n" for line in [LINES[0], *[chat] * 4]))
+    whole = read_texts([file], tokenizer, 256)
+    half = read_texts([file], tokenizer, 256, assistant_only=0.5)
+    assert [t.input_ids.tolist() for t in half] == [t.input_ids.tolist() for t in whole]
+    said = [
+        tokenizer.decode(
+            [i for i in text.labels.tolist() if i != IGNORED], skip_special_tokens=False
+        )
+        for text in half
+    ]
+    answers = "two<|im_end|>two blue rings<|im_end|>"
+    assert [text == answers for text in said] == [False, False, True, False, True]
+    for text, count in zip(half, half.learnt(), strict=True):
+        assert count == (text.labels[1:] != IGNORED).sum()
+    found = TextExamples(tokenizer, [file], 256, 0.5).mean_loss_tokens()["text"]
+    assert found == pytest.approx(half.learnt().mean())
+
+
+def test_pieces_without_anything_learnt_are_left_out(tmp_path: Path) -> None:
+    file, tokenizer = tmp_path / "text.jsonl", qwen_tokenizer()
+    file.write_text(json.dumps(LINES[-1]) + "\n")
+    pieces = read_texts([file], tokenizer, 4, assistant_only=1.0)
+    assert len(pieces) < len(read_texts([file], tokenizer, 4))
+    assert (pieces.learnt() > 0).all()
