@@ -36,8 +36,9 @@ RELATION_PHRASES = {
 }
 LIST_OPENINGS = ("", "", "", "a picture of ", "an image with ", "there is ")
 _NAMED_SHARE = 0.8
-RELATED_SHARE: dict[Level, float] = {"board": 0.5, "free": 0.8}
+_RELATED_SHARE = 0.5
 """How often a caption states a relation where one can be."""
+_RELATED_SHARE_OF_GRIDS: dict[Level, float] = {"board": 0.5, "free": 0.8}
 _MORE_RELATION_QUESTIONS: dict[Level, int] = {"board": 0, "free": 2}
 _PLACE_QUESTIONS: dict[Level, int] = {"board": 0, "free": 2}
 _OFF_CENTRE = 4.0
@@ -51,7 +52,7 @@ def captions(
     scene: Scene,
     rng: random.Random,
     style: Style | None = None,
-    related_share: float = RELATED_SHARE["board"],
+    related_share: float = _RELATED_SHARE,
 ) -> str:
     """One true caption, for example "two small blue circles and a green ring on tan".
 
@@ -74,7 +75,7 @@ def caption_with_requirement(
     scene: Scene,
     rng: random.Random,
     style: Style | None = None,
-    related_share: float = RELATED_SHARE["board"],
+    related_share: float = _RELATED_SHARE,
 ) -> tuple[str, Requirement]:
     """As `captions`, together with what the caption demands; objects in order of mention."""
     if style is None:
@@ -412,7 +413,7 @@ def world_text_messages(
     kind = kind or rng.choices(TEXT_KINDS, _KIND_WEIGHTS[level])[0]
     if kind == "caption_of_board":
         user = f"{picture_text(scene, level)} describe"
-        assistant = captions(scene, rng, related_share=RELATED_SHARE[level])
+        assistant = captions(scene, rng, related_share=_RELATED_SHARE_OF_GRIDS[level])
     elif kind == "board_of_caption":
         user, assistant = f"draw in words {prompt_words(scene, rng)}", picture_text(scene, level)
     elif kind == "question_about_board":

@@ -14,7 +14,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from eval.shapes.captions import (
-    RELATED_SHARE,
     captions,
     picture_text,
     place_questions,
@@ -84,11 +83,12 @@ def write_world(
 
     The captions of a row all name colour and shape of every object, but for the last, which is
     brief (shapes only); its prompts, which training draws from, are brief as often as not. At level
-    `free`, where left and right are what is hardest to learn, captions state relations oftener and
-    up to four questions more are `place_questions`, in chats too; evaluation asks the first. No
-    picture, nor what is said of one, has a HELD_OUT pair. The text lines and chats are about scenes
-    of their own and speak of all pairs, as a text LLM has read of everything: a text model that has
-    never read of a cyan star takes it for impossible, and carries that into its drawings.
+    `free`, where left and right are what is hardest to learn, up to four more questions are
+    `place_questions`, in chats too, and chats' captions state relations oftener; evaluation asks a
+    picture's first question only. No picture, nor what is said of one, has a HELD_OUT pair. The
+    text lines and chats are about scenes of their own and speak of all pairs, as a text LLM has
+    read of everything: a text model that has never read of a cyan star takes it for impossible, and
+    carries that into its drawings.
 
     Args:
         folder: where to write; replaced as a whole when everything is there.
@@ -212,15 +212,14 @@ def _write_pictures(
 ) -> None:
     folder.mkdir()
     schema, rng = _schema(), random.Random(f"{seed}-words")
-    related = RELATED_SHARE[level]
     rows: list[dict[str, Any]] = []
     shard = 0
     for scene, picture in pictures:
         buffer = io.BytesIO()
         picture.save(buffer, "PNG", compress_level=1)
         name = f"{seed}-{shard * _ROWS_PER_SHARD + len(rows):06d}.png"
-        texts = [captions(scene, rng, "named", related) for _ in range(captions_per_picture - 1)]
-        texts.append(captions(scene, rng, "brief", related))
+        texts = [captions(scene, rng, "named") for _ in range(captions_per_picture - 1)]
+        texts.append(captions(scene, rng, "brief"))
         wanted = [prompt_words(scene, rng) for _ in texts]
         asked = questions(scene, rng) + place_questions(scene, rng, level)
         pairs = [{"question": q, "answer": a} for q, a in asked]
