@@ -1431,8 +1431,8 @@ def demo(
         str,
         typer.Option(
             metavar="FILE",
-            help="The walk's recipe: a YAML file, or `demo`, `demo-from-scratch`, `emoji`, `gpu`, "
-            "`shipped`.",
+            help="The walk's recipe: a YAML file, or `demo`, `demo-from-scratch`, `emoji`, `free`, "
+            "`gpu`, `shipped`, `shipped-free`.",
         ),
     ] = "demo",
     out: Annotated[

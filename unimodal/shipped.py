@@ -5,6 +5,8 @@
     shipped/image_tokenizer   pictures of 64 x 64 pixels <-> 16 codes
     shipped/text_model        a text LLM that knows the world in words and has never seen a code
     shipped/model             the finished unified model: sees, draws, answers
+    shipped/free_text_model   that text LLM, once it knows pictures of level `free` in words
+    shipped/free_model        the finished model of that level, 64 codes a picture
 
 How each was made, and what it scores: docs/shipped_models.md.
 """
@@ -14,7 +16,7 @@ from pathlib import Path
 from tokenizer_hf.errors import CheckpointError, ConfigurationError
 
 FOLDER = Path(__file__).parent / "shipped"
-NAMES = ("image_tokenizer", "text_model", "model")
+NAMES = ("image_tokenizer", "text_model", "model", "free_text_model", "free_model")
 PREFIX = "shipped:"
 
 

@@ -118,7 +118,9 @@ def test_another_seed_in_the_same_folder_is_refused(recipe_file: Path, walk: Pat
         run_demo(load_demo_recipe(recipe_file), walk, seed=1)
 
 
-@pytest.mark.parametrize("name", ["demo", "demo-from-scratch", "emoji", "free", "gpu", "shipped"])
+@pytest.mark.parametrize(
+    "name", ["demo", "demo-from-scratch", "emoji", "free", "gpu", "shipped", "shipped-free"]
+)
 def test_recipes_of_the_package_load(name: str) -> None:
     recipe = load_demo_recipe(name)
     assert (recipe.shapes is None) == (name == "emoji")
