@@ -105,7 +105,13 @@ def test_only_text_speaks_of_held_out_pairs(world: Path) -> None:
 
 def test_free_world(tmp_path: Path) -> None:
     folder = write_world(
-        tmp_path / "w", 40, level="free", captions_per_picture=2, validation=5, progress=False
+        tmp_path / "w",
+        40,
+        level="free",
+        captions_per_picture=2,
+        validation=5,
+        chats=200,
+        progress=False,
     )
     chats = [json.loads(line) for line in (folder / "chat/train.jsonl").open()]
     drawn = [c["messages"][1]["content"] for c in chats if c["kind"] == "board_of_caption"]
