@@ -39,8 +39,8 @@ _NAMED_SHARE = 0.8
 _RELATED_SHARE = 0.5
 """How often a caption states a relation where one can be."""
 _RELATED_SHARE_OF_GRIDS: dict[Level, float] = {"board": 0.5, "free": 0.8}
-_MORE_RELATION_QUESTIONS: dict[Level, int] = {"board": 0, "free": 2}
 _PLACE_QUESTIONS: dict[Level, int] = {"board": 0, "free": 2}
+"""So many about one object at most, and as many about a relation."""
 _OFF_CENTRE = 4.0
 """Pixels from the middle of the picture, from which questions call an object left, right, ..."""
 _RELATED_SHARE_OF_PROMPTS = 0.8
@@ -197,10 +197,8 @@ def place_questions(scene: Scene, rng: random.Random, level: Level) -> list[tupl
     star on the left or on the right?") and up to two about a relation; none at level `board`.
     """
     found: list[tuple[str, str]] = []
-    for question, n in (
-        (_place_question, _PLACE_QUESTIONS[level]),
-        (_relation_question, _MORE_RELATION_QUESTIONS[level]),
-    ):
+    n = _PLACE_QUESTIONS[level]
+    for question in (_place_question, _relation_question):
         pairs = (question(scene.objects, rng) for _ in range(2 * n))
         found += list(dict.fromkeys(pair for pair in pairs if pair))[:n]
     return found
@@ -294,17 +292,16 @@ def _relation_question(objects: tuple[Object, ...], rng: random.Random) -> tuple
 def _place_question(objects: tuple[Object, ...], rng: random.Random) -> tuple[str, str] | None:
     pairs = Counter((o.shape, o.colour) for o in objects)
     off = [
-        (o, sides, distance)
+        (o, where, sides, distance)
         for o in objects
-        for sides, place in ((("left", "right"), o.x), (("top", "bottom"), o.y))
+        for where, sides, place in (("on", ("left", "right"), o.x), ("at", ("top", "bottom"), o.y))
         if pairs[o.shape, o.colour] == 1 and abs(distance := place - IMAGE_SIZE / 2) >= _OFF_CENTRE
     ]
     if not off:
         return None
-    o, sides, distance = rng.choice(off)
+    o, where, sides, distance = rng.choice(off)
     name = describe(ObjectRequirement(o.shape, o.colour), article="the")
-    way = "on the {} or on the {}" if sides[0] == "left" else "at the {} or at the {}"
-    return f"is {name} {way.format(*sides)}?", sides[distance > 0]
+    return f"is {name} {where} the {sides[0]} or {where} the {sides[1]}?", sides[distance > 0]
 
 
 def _plainly(answer: str, distance: float) -> bool:

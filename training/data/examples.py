@@ -311,16 +311,23 @@ def read_texts(
     waiting_chats: list[tuple[str, list[tuple[int, int]] | None]] = []
 
     def flush() -> None:
-        for ids in tokenize(tokenizer, waiting, add_special_tokens=True) if waiting else []:
+        if waiting:
             eos = tokenizer.eos_token_id
-            plain.add(ids if eos is None or ids[-1:] == [eos] else [*ids, eos])
+            for ids in tokenize(tokenizer, waiting, add_special_tokens=True)["input_ids"]:
+                plain.add(ids if eos is None or ids[-1:] == [eos] else [*ids, eos])
         waiting.clear()
 
     def flush_chats() -> None:
-        worded = [text for text, _ in waiting_chats]
-        rows = tokenize(tokenizer, worded, add_special_tokens=False) if worded else []
-        for ids, (text, answers) in zip(rows, waiting_chats, strict=True):
-            chats.add(ids if answers is None else _learnt_alone(tokenizer, text, ids, answers))
+        if waiting_chats:
+            worded = [text for text, _ in waiting_chats]
+            offsets = assistant_only > 0
+            read = tokenize(tokenizer, worded, add_special_tokens=False, offsets=offsets)
+            for index, (ids, (_, answers)) in enumerate(
+                zip(read["input_ids"], waiting_chats, strict=True)
+            ):
+                if answers is not None:
+                    ids = _learnt_alone(ids, read["offset_mapping"][index], answers)
+                chats.add(ids)
         waiting_chats.clear()
 
     skipped = lines = number = 0
@@ -366,12 +373,10 @@ def _answers(tokenizer: Any, messages: Any, text: str) -> list[tuple[int, int]]:
 
 
 def _learnt_alone(
-    tokenizer: Any, text: str, ids: list[int], answers: list[tuple[int, int]]
+    ids: list[int], where: list[tuple[int, int]], answers: list[tuple[int, int]]
 ) -> list[int]:
     """The ids of a text; ``~id`` of those that do not begin within an answer."""
-    read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    starts = [start for start, _ in read["offset_mapping"]]
-    inside = [any(first <= start < last for first, last in answers) for start in starts]
+    inside = [any(first <= start < last for first, last in answers) for start, _ in where]
     return [i if learnt else ~i for i, learnt in zip(ids, inside, strict=True)]
 
 

@@ -238,15 +238,19 @@ class Renderer:
         return input_ids, labels
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        return tokenize(self.processor.tokenizer, texts, add_special_tokens=False)
+        read = tokenize(self.processor.tokenizer, texts, add_special_tokens=False)
+        return read["input_ids"]
 
 
-def tokenize(tokenizer: Any, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
-    """Tokenise many texts in one call."""
+def tokenize(
+    tokenizer: Any, texts: list[str], *, add_special_tokens: bool, offsets: bool = False
+) -> Any:
+    """Tokenise many texts in one call: ``input_ids``, with ``offsets`` ``offset_mapping`` too."""
     return tokenizer(
         texts,
         add_special_tokens=add_special_tokens,
         return_attention_mask=False,
         return_token_type_ids=False,
+        return_offsets_mapping=offsets,
         verbose=False,
-    )["input_ids"]
+    )
