@@ -19,7 +19,7 @@ from tokenizer_hf.vocabulary import ImageVocabulary
 from training.factored_rows import FACTOR_ROWS
 from training.recipes import LoraRecipe
 from training.runs import RUN_FILE, digest
-from unimodal.merge import copy_companions, find_folder
+from unimodal.merge import copy_companions, find_folder, say_trained
 
 logger = logging.getLogger(__name__)
 
@@ -187,6 +187,9 @@ def merge_adapter(
         merged.save_pretrained(temporary)
         del model, merged
         copy_companions(base_folder, temporary)
+        say_trained(
+            temporary, "Trained with `unimodal train` (an adapter, folded into the weights)."
+        )
         again = AutoModelForCausalLM.from_pretrained(temporary, dtype=torch.float32).eval()
         with torch.inference_mode():
             difference = float((again(input_ids=sequences).logits - expected).abs().max())

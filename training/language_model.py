@@ -20,7 +20,7 @@ from training.factored_rows import share_rows, unseen_combinations
 from training.recipes import DataRecipe, LanguageModelRecipe
 from training.runs import close_run, digest, open_run, publishing, run_to_the_end
 from training.trainer import UnimodalTrainer, training_arguments
-from unimodal.merge import copy_companions, find_folder
+from unimodal.merge import copy_companions, find_folder, say_trained
 from unimodal.processing_unimodal import UnimodalProcessor
 
 logger = logging.getLogger(__name__)
@@ -115,6 +115,7 @@ def train(recipe: LanguageModelRecipe, *, resume: bool = True) -> Path:
         trainer.save_model(str(temporary))
         if recipe.mode == "full":
             copy_companions(folder, temporary)
+            say_trained(temporary, "Trained with `unimodal train` (all weights).")
     facts = trainer.speedometer.facts()
     close_run(output_dir, image_vocabulary=processor.vocabulary.to_dict(), **facts)
     return output_dir

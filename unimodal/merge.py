@@ -37,6 +37,7 @@ PLAIN_TEMPLATE = """\
 """For base models without a chat template of their own."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_UNTRAINED = "The image words are untrained until a recipe of `unimodal train` has taught them."
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth")
 _NOT_OF_THE_MODEL = (
     "config.json",  # written anew with the weights
@@ -322,6 +323,19 @@ def copy_companions(base: Path, out: Path) -> None:
                 shutil.copyfile(file, out / file.name)
 
 
+def say_trained(folder: Path, how: str) -> None:
+    """Put what was done in the place of "untrained" in a folder's model card, if it says so.
+
+    Args:
+        folder: copied from a merged one, and trained.
+        how: one sentence.
+    """
+    card = folder / "README.md"
+    if card.is_file():
+        text = card.read_text(encoding="utf-8")
+        card.write_text(text.replace(_UNTRAINED, how), encoding="utf-8")
+
+
 # --- rows -----------------------------------------------------------------------------------------
 
 
@@ -442,7 +456,7 @@ def _require_same_ids(folder: Path, text_tokenizer: Any, vocabulary: ImageVocabu
 
 
 def _card(llm: str | Path, image_tokenizer: str | Path, vocabulary: ImageVocabulary) -> str:
-    """A short model card; the evaluation adds its numbers below the last line."""
+    """A short model card; training changes one line of it (:func:`say_trained`)."""
     tokens = f"{vocabulary.num_tokens}"
     if vocabulary.nested:
         tokens = f"{vocabulary.min_tokens} to {tokens}"
@@ -467,7 +481,7 @@ A plain causal language model whose vocabulary also holds the codes of an image 
 - A picture is `{vocabulary.start_string}`, {tokens} codes{rows}, `{vocabulary.end_string}`.
 - Ids {first} to {last} are the codes; ids from {vocabulary.vocab_size} to {vocabulary.rows - 1} are
   padding and never sampled by `unimodal`.
-- The image words are untrained until a recipe of `unimodal train` has taught them.
+- {_UNTRAINED}
 
 ```python
 from unimodal import Unimodal
@@ -479,10 +493,6 @@ model.draw("a red circle")[0].save("drawing.png")
 
 `AutoModelForCausalLM` and `AutoTokenizer` load it without any code of ours;
 `AutoProcessor.from_pretrained(..., trust_remote_code=True)` encodes and decodes the pictures.
-
-## Evaluation
-
-Not evaluated yet.
 """
 
 

@@ -121,7 +121,7 @@ def render(
     turns = _turns(messages, tokenizer, vocabulary)
     chat = _Chat(turns, tokenizer, vocabulary, chat_template, template_values)
     text = chat.text(len(turns), add_generation_prompt)
-    answers = chat.answers(text)
+    answers = assistant_turns(text, [turn.role for turn in turns], chat.text)
     breaks = chat.breaks(text, [start for _, start, _ in answers])
     marked = chat.encode(text, breaks)
     filled, position, spans = _fill(marked, vocabulary, [c for turn in turns for c in turn.codes])
@@ -306,6 +306,39 @@ def _direction(turns: list[_Turn], index: int) -> Direction:
     return "image-to-text" if any(turn.codes for turn in turns[:index]) else "text"
 
 
+def assistant_turns(
+    text: str, roles: Sequence[str], worded: Callable[[int, bool], str]
+) -> list[tuple[int, int, int]]:
+    """Find the assistant's turns in a conversation as a chat template words it.
+
+    Args:
+        text: the whole conversation in words.
+        roles: who speaks, turn by turn.
+        worded: given n and whether the generation prompt follows, the first n turns in words; a
+            MessageError where the template refuses so few.
+
+    Returns:
+        (turn, first character, last character + 1) of each that can be learnt: those whose
+        generation prompt, and words, are where they are in ``text``.
+    """
+    found = []
+    for index, role in enumerate(roles):
+        if role != "assistant":
+            continue
+        try:
+            prompt = worded(index, True)
+        except MessageError:  # a template that has no words for an empty or cut conversation
+            continue
+        last = index == len(roles) - 1
+        done = worded(index + 1, False)
+        if text.startswith(prompt) and done.startswith(prompt):
+            if text.startswith(done):
+                found.append((index, len(prompt), len(done)))
+            elif last:
+                found.append((index, len(prompt), len(text)))
+    return found
+
+
 class _Chat:
     """The turns of one conversation, worded by the chat template and read by the tokenizer."""
 
@@ -341,25 +374,6 @@ class _Chat:
             raise MessageError(
                 f"the model's chat template refuses messages with the roles [{roles}]: {error}"
             ) from error
-
-    def answers(self, text: str) -> list[tuple[int, int, int]]:
-        """(turn, first character, last character + 1) of each assistant turn that can be learnt."""
-        found = []
-        for index, turn in enumerate(self.turns):
-            if turn.role != "assistant":
-                continue
-            try:
-                prompt = self.text(index, True)
-            except MessageError:  # a template that has no words for an empty or cut conversation
-                continue
-            last = index == len(self.turns) - 1
-            done = self.text(index + 1, False)
-            if text.startswith(prompt) and done.startswith(prompt):
-                if text.startswith(done):
-                    found.append((index, len(prompt), len(done)))
-                elif last:
-                    found.append((index, len(prompt), len(text)))
-        return found
 
     def breaks(self, text: str, boundaries: list[int]) -> list[int]:
         """The boundaries at which the tokenizer would join an answer with the words before it.

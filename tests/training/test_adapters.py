@@ -89,6 +89,9 @@ def test_a_merged_folder_is_whole(base: Path, tmp_path: Path) -> None:
     result = merge_adapter(make_adapter(base, tmp_path / "adapter"), tmp_path / "out")
     names = {file.name for file in base.iterdir()}
     assert {file.name for file in result.folder.iterdir()} == names
+    assert "untrained" in (base / "README.md").read_text()
+    card = (result.folder / "README.md").read_text()
+    assert "untrained" not in card and "an adapter, folded into the weights" in card
     assert len(Unimodal.from_pretrained(result.folder).draw("a red circle", seed=0)) == 1
 
 

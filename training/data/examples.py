@@ -16,7 +16,7 @@ from training.data.mixing import Pick
 from training.data.rendering import Renderer, tokenize
 from training.data.sources import Skipped, read_text, report
 from training.recipes import DIRECTIONS, DataRecipe
-from unimodal.messages import IGNORED
+from unimodal.messages import IGNORED, assistant_turns
 from unimodal.processing_unimodal import UnimodalProcessor
 
 logger = logging.getLogger(__name__)
@@ -361,15 +361,15 @@ def read_texts(
 
 def _answers(tokenizer: Any, messages: Any, text: str) -> list[tuple[int, int]]:
     """(first character, last + 1) of the assistant's turns in a chat as it is worded."""
-    found = []
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            worded = tokenizer.apply_chat_template
-            prompt = worded(messages[:index], tokenize=False, add_generation_prompt=True)
-            done = worded(messages[: index + 1], tokenize=False)
-            if text.startswith(done) and done.startswith(prompt):
-                found.append((len(prompt), len(done.rstrip())))
-    return found
+
+    def worded(count: int, add_generation_prompt: bool) -> str:
+        said = messages[:count]
+        return tokenizer.apply_chat_template(
+            said, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+    turns = assistant_turns(text, [message["role"] for message in messages], worded)
+    return [(first, len(text[:last].rstrip())) for _, first, last in turns]
 
 
 def _learnt_alone(
