@@ -89,15 +89,17 @@ class PaletteEncoder(nn.Module):
             torch.where(swapped, ground, figure),
             torch.where(swapped, figure, ground),
         )
-        share, figure = self._unmixed(figure, ground, bare)
+        own = ~bare & (away(ground).sqrt() < LEAST_CONTRAST)
+        share, figure = self._unmixed(figure, ground, own)
         return mask * share, torch.where(bare, 0.0, figure), ground
 
-    def _unmixed(self, figure: Tensor, ground: Tensor, bare: Tensor) -> tuple[Tensor, Tensor]:
+    def _unmixed(self, figure: Tensor, ground: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
         """Of each patch's foreground: its share (B, N, 1) of the picture's purest such colour, and
         that colour. A patch with a soft edge alone shows a mixture of a thing's colour and the
         background; a purer one lies in the same direction, seen from the background, and farther
-        away."""
-        line = torch.where(bare, 0.0, figure - ground)
+        away. Only patches that lie on the picture's background, ``own``, are looked at: where two
+        things touch, the line between their colours says nothing of either."""
+        line = torch.where(own, figure - ground, 0.0)
         length = line.norm(dim=-1, keepdim=True)
         direction = line / length.clamp_min(1e-8)
         alike = direction @ direction.mT > SAME_DIRECTION
@@ -105,7 +107,7 @@ class PaletteEncoder(nn.Module):
         purest = torch.where(alike, lengths, 0.0).argmax(-1, keepdim=True)
         pure = line.gather(1, purest.expand(-1, -1, line.shape[-1]))
         share = length / pure.norm(dim=-1, keepdim=True).clamp_min(1e-8)
-        return share.clamp(0, 1), ground + pure
+        return torch.where(own, share.clamp(0, 1), 1.0), torch.where(own, ground + pure, figure)
 
     def _ends(self, colours_BNPC: Tensor) -> tuple[Tensor, Tensor]:
         """The two colours of each patch, (B, N, C) each.
