@@ -18,11 +18,12 @@ class PaletteEncoder(nn.Module):
     Every value of the mask lies in [0, 1]: 0 paints the background colour, 1 the foreground. With
     ``ground="patch"`` the background is the colour that more of the patch's border has, and a patch
     of one colour has an empty mask and the foreground (0, 0, 0). With ``ground="picture"`` it is
-    the colour of the two that is nearer to the background of most patches, and a patch of another
-    colour alone has a full mask over that background: masks then are what is covered by a thing,
-    and one thing has one pair of colours in all its patches. (Otherwise the patches of a thing that
-    fills more than half of them swap colours and mask, two ways to say one thing, and a language
-    model whose rows are sums of factors draws them inside out.)
+    the background of most patches: the figure is the colour that is farther from it, or where both
+    are far (two things touch) the one that covers more, and a patch of another colour alone has a
+    full mask. Masks then are what is covered by a thing, and one thing has one pair of colours in
+    all its patches; the corner of a second thing in a patch is lost. (Otherwise the patches of a
+    thing that fills more than half of them swap colours and mask, two ways to say one thing, and a
+    language model whose rows are sums of factors draws them inside out.)
 
     What a patch shows, in which colour and on which ground are then three separate things, so a
     quantizer with a codebook for each (:class:`ProductQuantizer`) has codes for combinations that
@@ -89,17 +90,20 @@ class PaletteEncoder(nn.Module):
             torch.where(swapped, ground, figure),
             torch.where(swapped, figure, ground),
         )
-        own = ~bare & (away(ground).sqrt() < LEAST_CONTRAST)
-        share, figure = self._unmixed(figure, ground, own)
+        # Where two things touch, the larger is laid on it: a thing has one pair of colours.
+        touching = ~bare & (away(ground).sqrt() >= LEAST_CONTRAST)
+        rest = touching & (mask.mean(-1, keepdim=True) < 0.5)
+        mask, figure = torch.where(rest, 1 - mask, mask), torch.where(rest, ground, figure)
+        ground = torch.where(touching, common, ground)
+        share, figure = self._unmixed(figure, ground, bare)
         return mask * share, torch.where(bare, 0.0, figure), ground
 
-    def _unmixed(self, figure: Tensor, ground: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    def _unmixed(self, figure: Tensor, ground: Tensor, bare: Tensor) -> tuple[Tensor, Tensor]:
         """Of each patch's foreground: its share (B, N, 1) of the picture's purest such colour, and
         that colour. A patch with a soft edge alone shows a mixture of a thing's colour and the
         background; a purer one lies in the same direction, seen from the background, and farther
-        away. Only patches that lie on the picture's background, ``own``, are looked at: where two
-        things touch, the line between their colours says nothing of either."""
-        line = torch.where(own, figure - ground, 0.0)
+        away."""
+        line = torch.where(bare, 0.0, figure - ground)
         length = line.norm(dim=-1, keepdim=True)
         direction = line / length.clamp_min(1e-8)
         alike = direction @ direction.mT > SAME_DIRECTION
@@ -107,7 +111,7 @@ class PaletteEncoder(nn.Module):
         purest = torch.where(alike, lengths, 0.0).argmax(-1, keepdim=True)
         pure = line.gather(1, purest.expand(-1, -1, line.shape[-1]))
         share = length / pure.norm(dim=-1, keepdim=True).clamp_min(1e-8)
-        return torch.where(own, share.clamp(0, 1), 1.0), torch.where(own, ground + pure, figure)
+        return share.clamp(0, 1), ground + pure
 
     def _ends(self, colours_BNPC: Tensor) -> tuple[Tensor, Tensor]:
         """The two colours of each patch, (B, N, C) each.
