@@ -410,6 +410,8 @@ def test_full_tuning_writes_a_whole_folder(settings: dict[str, Any]) -> None:
     caption = Unimodal.from_pretrained(folder).draw("a red circle", n=2, seed=0)
     assert len(caption) == 2
     assert (folder / "image_tokenizer" / "model.safetensors").is_file()
+    card = (folder / "README.md").read_text()
+    assert "untrained" not in card and "Trained with `unimodal train` (all weights)." in card
 
 
 def test_groups_have_their_learning_rates(merged: Path) -> None:

@@ -80,20 +80,18 @@ class PaletteEncoder(nn.Module):
         common = members @ ground / members.sum(-1, keepdim=True)
 
         def away(colour: Tensor) -> Tensor:
-            return (colour - common).square().sum(-1, keepdim=True)
+            return (colour - common).square().sum(-1, keepdim=True).sqrt()
 
-        bare = plain & (away(ground).sqrt() < LEAST_CONTRAST)
+        bare = plain & (away(ground) < LEAST_CONTRAST)
         figure = torch.where(plain, common, figure)  # the other colour of a patch that has but one
-        swapped = ~bare & (away(figure) < away(ground))
+        touching = torch.minimum(away(figure), away(ground)) >= LEAST_CONTRAST  # two things
+        less = mask.mean(-1, keepdim=True) < 0.5
+        swapped = ~bare & torch.where(touching, less, away(figure) < away(ground))
         mask = torch.where(swapped, 1 - mask, mask)
         figure, ground = (
             torch.where(swapped, ground, figure),
             torch.where(swapped, figure, ground),
         )
-        # Where two things touch, the larger is laid on it: a thing has one pair of colours.
-        touching = ~bare & (away(ground).sqrt() >= LEAST_CONTRAST)
-        rest = touching & (mask.mean(-1, keepdim=True) < 0.5)
-        mask, figure = torch.where(rest, 1 - mask, mask), torch.where(rest, ground, figure)
         ground = torch.where(touching, common, ground)
         share, figure = self._unmixed(figure, ground, bare)
         return mask * share, torch.where(bare, 0.0, figure), ground
